@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,9 +26,12 @@ Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=
 
 
 class ImageRequest(BaseModel):
-    """The fields of a request on every HTTP surface."""
+    """The fields of a request on every HTTP surface. Subclasses add the `ARGUMENTS` of a model's
+    pipelines, and its `IMAGES`, by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ()
+    IMAGES: ClassVar[tuple[str, ...]] = ()
 
     prompt: str = Field(min_length=1, description="Description of the image.")
     negative_prompt: str | None = Field(None, description="What the image should not show.")
@@ -74,6 +78,11 @@ class ImageRequest(BaseModel):
         description="The client's own text in printable ASCII; the answer and the file repeat it.",
     )
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline that it sets, by the pipeline's names."""
+        given = {name: getattr(self, name) for name in self.ARGUMENTS}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 # fields of a request that are copied to `Parameters` unchanged
 PASSED = ("prompt", "negative_prompt", "guidance_rescale", "reproducible", "request_tag")
@@ -84,25 +93,36 @@ OPTIONAL_ARGUMENTS = ("negative_prompt", "guidance_scale", "guidance_rescale")
 
 @dataclass(frozen=True)
 class Sources:
-    """The inputs of an edit: an RGB image, and an L mask of the same size, white where the image is
-    repainted. `warnings` are about changes made to the uploaded files."""
+    """The images that a request starts from, by the request's names: `image` and `mask`, or as the
+    pipeline calls them. They are RGB; masks are L, white where the image is repainted. `warnings`
+    are about changes made to the uploaded files."""
 
-    image: Image.Image
-    mask: Image.Image | None = None
+    images: Mapping[str, tuple[Image.Image, ...]]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> Image.Image:
+        """The one that decides about the size of the result: `image`, or the first."""
+        return self.images.get("image", next(iter(self.images.values())))[0]
+
+    @property
+    def mask(self) -> Image.Image | None:
+        """What is repainted."""
+        masks = self.images.get("mask")
+        return None if masks is None else masks[0]
 
 
 @dataclass(frozen=True)
 class Parameters:
     """The parameters that determine the images, and the tag. Image i of n uses `seed` + i."""
 
-    prompt: str
+    prompt: str  # empty if the pipeline takes none
     negative_prompt: str | None
     width: int  # pixels
     height: int  # pixels
     n: int
     seed: int
-    num_inference_steps: int
+    num_inference_steps: int  # of all stages, if the pipeline has no such argument
     guidance_scale: float | None  # None if the pipeline has no such argument
     guidance_rescale: float | None = None  # 0 to 1; None leaves it to the pipeline
     reproducible: bool = False
@@ -110,10 +130,12 @@ class Parameters:
     strength: float | None = None  # of an edit, 0 to 1, which is pure noise
     sources: Sources | None = None  # of an edit
     request_tag: str | None = None  # the client's own text
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the pipeline
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of image `index`, for answers and metadata of files."""
-        values: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed + index}
+        values: dict[str, Any] = {"prompt": self.prompt} if self.prompt else {}
+        values["seed"] = self.seed + index
         if self.negative_prompt is not None:
             values["negative_prompt"] = self.negative_prompt
         values["size"] = f"{self.width}x{self.height}"
@@ -125,13 +147,16 @@ class Parameters:
                 values[name] = value
         if self.reproducible:
             values["reproducible"] = True
-        return values
+        return values | dict(self.arguments)
 
 
 class ResolvedParameters(Resource):
-    """All parameters of a request, defaults filled in, without those that do not apply."""
+    """All parameters of a request, defaults filled in, without those that do not apply; those of
+    the pipeline by its names."""
 
-    prompt: str
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | None = absent(description="If the pipeline takes one.")
     negative_prompt: str | None = absent()
     size: str = Field(pattern=SIZE)
     seed: int = Field(ge=0)

@@ -398,21 +398,18 @@ def test_while_loading_everything_is_503_but_livez(in_process: Make) -> None:
 
 
 def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> None:
-    class NoPrompt:
-        def __call__(self, image: str) -> None: ...
+    class NoTensors:
+        def __call__(self, prompt: str, latents: torch.Tensor) -> None: ...
 
     app = in_process(ready=False)
-    app.server._load_pipeline = lambda *_: (NoPrompt(), Preset())
+    app.server._load_pipeline = lambda *_: (NoTensors(), Preset())
     app.server.start()
     app.server._loader.join(SECONDS)
     for path in ("/readyz", "/livez"):
         response = app.client.get(path)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "load_failed"
-        assert (
-            "NoPrompt makes no images of prompts (it takes no argument 'prompt')"
-            in response.json()["message"]
-        )
+        assert "NoTensors needs latents, which requests cannot send" in response.json()["message"]
 
 
 class Films(FakePipeline):
@@ -436,7 +433,7 @@ def test_what_makes_no_images_fails_its_warm_up(in_process: Make) -> None:
     wait_until(lambda: app.server.status.stage in ("ready", "failed"))
     assert app.server.status.stage == "failed"
     assert (
-        "Films makes no images of prompts: it returned frames (list)"
+        "Films makes no images: it returned frames (list)"
         in app.client.get("/readyz").json()["message"]
     )
 
@@ -446,7 +443,7 @@ def test_without_a_warm_up_the_first_request_tells_and_the_server_serves_no_more
 ) -> None:
     app = in_process(Films(), warmup=False)
     assert app.client.get("/readyz").status_code == 200
-    told = "Films makes no images of prompts: it returned frames (list), and no list of images"
+    told = "Films makes no images: it returned frames (list), and no list of images"
     error = app.post()
     assert error.status_code == 500
     assert error.json()["error"]["code"] == "no_images"

@@ -14,18 +14,11 @@ from unittest.mock import patch
 import httpx
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-from stepweave.api.middleware.contract import ContractMiddleware
-from stepweave.api.routes import bentoml as native
-from stepweave.api.schemas import StreamRequest
-from stepweave.parameters import ImageRequest
 from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 from tests.support.asgi import App, Exchange, serving
+from tests.support.bodies import natively
 from tests.support.served import Served, metric
 from tests.support.waiting import SECONDS, wait_until
 
@@ -360,19 +353,7 @@ class NativeApp(App):
 
     def __init__(self, app: App) -> None:
         super().__init__(app.server, app.record)
-
-        def route(path: str, handler: Any, schema: Any) -> Route:
-            async def answer(request: Request) -> Response:
-                body = schema.model_validate_json(await request.body())
-                return await native.answered(request, lambda: handler(request, app.server, body))
-
-            return Route(path, answer, methods=["POST"])
-
-        routes = [
-            route("/generate", native.generate, ImageRequest),
-            route("/generate_stream", native.generate_stream, StreamRequest),
-        ]
-        self.asgi = ContractMiddleware(Starlette(routes=routes), app.server)
+        natively(self)
 
 
 Send = Callable[[App], Exchange]

@@ -17,9 +17,9 @@ from PIL import Image, ImageCms
 
 from stepweave.errors import InvalidRequestError
 from stepweave.images import scan
-from stepweave.images.uploads import read_sources
 from stepweave.parameters import Sources
 from tests.support import colour_profiles as profiles
+from tests.support.uploads import read_sources
 
 LIMIT = 1024 * 1024
 EXACT = 2.0  # of 255

@@ -32,8 +32,8 @@ from stepweave.errors import (
 )
 from stepweave.images import decoders, scan
 from stepweave.images.decoders import DECODERS, Decoders
-from stepweave.images.uploads import read_sources
 from tests.support.environment import clean_environment
+from tests.support.uploads import files_of, read_sources, whatever_its_name
 from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -286,7 +286,7 @@ def processes() -> list[psutil.Process]:
 
 
 async def read(pool: Decoders, image: bytes, mask: bytes | None = None) -> Any:
-    return await asyncio.wait_for(pool.read_sources(image, mask), SECONDS)
+    return await asyncio.wait_for(pool.read_sources(files_of(image, mask)), SECONDS)
 
 
 async def one_process() -> psutil.Process:
@@ -350,7 +350,8 @@ async def test_only_the_size_that_is_wanted_comes_back(format: str) -> None:
     async with decoding() as pool:
         mask = file_of(Image.new("L", (80, 80), 255))
         sources = await asyncio.wait_for(
-            pool.read_sources(file_of(noise(), format), mask, fit), SECONDS
+            pool.read_sources(files_of(file_of(noise(), format), mask), fit=whatever_its_name(fit)),
+            SECONDS,
         )
         assert sources.image.size == sources.mask.size == (32, 16)
         assert asked == [((64, 64), True, True)]
@@ -370,7 +371,10 @@ async def test_a_size_that_is_refused_is_raised_and_the_process_used_again(forma
         ):
             with pytest.raises(type(error)):
                 await asyncio.wait_for(
-                    pool.read_sources(file_of(noise(), format), None, fit), SECONDS
+                    pool.read_sources(
+                        files_of(file_of(noise(), format)), fit=whatever_its_name(fit)
+                    ),
+                    SECONDS,
                 )
             assert (await read(pool, JPEG)).image.size == (64, 64)
         assert len(processes()) == 1
@@ -386,7 +390,9 @@ async def test_a_process_that_dies_before_it_is_told_the_size_fails_its_request_
             return size
 
         with pytest.raises(StepweaveError, match="SIGKILL") as caught:
-            await asyncio.wait_for(pool.read_sources(JPEG, None, fit), SECONDS)
+            await asyncio.wait_for(
+                pool.read_sources(files_of(JPEG), fit=whatever_its_name(fit)), SECONDS
+            )
         assert caught.value.code == "decoder_failed"
         assert (await read(pool, JPEG)).image.size == (64, 64)
 
@@ -460,7 +466,7 @@ async def test_a_process_ends_with_the_task_that_waits_for_it() -> None:
         process = await one_process()
         process.suspend()
         waiting = [
-            asyncio.ensure_future(pool.read_sources(JPEG, None)) for _ in range(2 * DECODERS)
+            asyncio.ensure_future(pool.read_sources(files_of(JPEG))) for _ in range(2 * DECODERS)
         ]
         await asyncio.to_thread(wait_until, lambda: len(processes()) == DECODERS)
         for one in waiting:
@@ -477,7 +483,7 @@ async def test_a_process_that_dies_fails_its_request_alone(number: signal.Signal
         await read(pool, JPEG)
         process = await one_process()
         process.suspend()
-        failing = asyncio.ensure_future(pool.read_sources(JPEG, None))
+        failing = asyncio.ensure_future(pool.read_sources(files_of(JPEG)))
         await asyncio.to_thread(wait_until, lambda: not pool._idle)
         process.send_signal(number)
         with contextlib.suppress(psutil.NoSuchProcess):  # SIGKILL ends it although it is suspended
@@ -541,7 +547,7 @@ async def test_closing_ends_what_is_being_decoded() -> None:
     await read(pool, JPEG)
     process = await one_process()
     process.suspend()
-    failing = asyncio.ensure_future(pool.read_sources(JPEG, None))
+    failing = asyncio.ensure_future(pool.read_sources(files_of(JPEG)))
     await asyncio.to_thread(wait_until, lambda: not pool._idle)
     await asyncio.to_thread(pool.close)
     with pytest.raises(StepweaveError):
@@ -553,9 +559,10 @@ async def test_closing_ends_what_is_being_decoded() -> None:
 
 ORPHAN = """
 import asyncio, sys, time
-from stepweave.images.decoders import Decoders
+from stepweave.images.decoders import Decoders, UploadedFile
 pool = Decoders(65536)
-asyncio.run(pool.read_sources(open(sys.argv[1], "rb").read(), None))
+file = UploadedFile("image", open(sys.argv[1], "rb").read())
+asyncio.run(pool.read_sources([file]))
 print(next(iter(pool._all))._process.pid, flush=True)
 time.sleep(3600)
 """
@@ -579,7 +586,7 @@ def test_a_process_ends_when_its_server_is_killed(tmp_path: Path) -> None:
 
 
 def test_cancelled_is_what_it_says() -> None:
-    task = decoders._Task(b"", None)
+    task = decoders._Task([])
     task.end("cancelled")
     with pytest.raises(RequestCancelledError):
         Decoders(LIMIT)._run(task)

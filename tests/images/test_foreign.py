@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
-from stepweave.images.uploads import read_sources
+from tests.support.uploads import read_sources
 
 LIMIT = 64 * 64
 

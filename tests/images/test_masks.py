@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from stepweave.errors import InvalidRequestError
-from stepweave.images.uploads import read_sources
 from stepweave.parameters import Sources
+from tests.support.uploads import read_sources
 
 LIMIT = 256 * 256
 SIZE = (64, 32)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from stepweave.errors import InvalidRequestError
-from stepweave.images.uploads import ORIENTATION, read_sources
+from stepweave.images.uploads import ORIENTATION
+from tests.support.uploads import read_sources
 
 LIMIT = 64 * 64
 

@@ -30,6 +30,7 @@ from stepweave.serving.model import ServedModel
 from tests.support.in_process import InProcess
 from tests.support.resolving import resolve
 from tests.support.tiny import FAMILIES, NOISE_SCHEDULE
+from tests.support.uploads import sources_of
 from tests.support.waiting import SECONDS
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
@@ -85,7 +86,7 @@ def differing(
     offered."""
     found = []
     asked: list[tuple[str, Sources | None, float | None]] = [
-        (name, None if strength is None else Sources(SOURCE), strength)
+        (name, None if strength is None else sources_of(SOURCE), strength)
         for name in model.schedulers
         for strength in strengths
     ]
@@ -371,14 +372,14 @@ def test_an_edit_is_rehearsed_from_where_its_strength_begins(
                 prompt="x",
                 num_inference_steps=20,
                 strength=strength,
-                sources=Sources(SOURCE),
+                sources=sources_of(SOURCE),
             )
         assert begins == [begin]
         begins.clear()
     edit: dict[str, Any] = {
         "prompt": "x",
         "scheduler": "PNDMScheduler",
-        "sources": Sources(SOURCE, MASK),
+        "sources": sources_of(SOURCE, MASK),
     }
     with pytest.raises(
         InvalidRequestError, match=r"num_inference_steps is 3 and strength is 0\.5; PNDMScheduler"

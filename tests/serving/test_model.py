@@ -24,13 +24,13 @@ from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.sizes import nearest_size
-from stepweave.parameters import Sources
 from stepweave.planning.cost import CostModel
 from stepweave.serving.model import ServedModel
 from stepweave.serving.warm_up import WarmUp, warm_up
 from tests.support.fake_pipeline import FakeEdits, FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.resolving import resolve
+from tests.support.uploads import sources_of
 from tests.support.waiting import SECONDS
 
 
@@ -113,7 +113,7 @@ def test_a_model_without_siblings_refuses_edits_by_its_class() -> None:
         with pytest.raises(
             InvalidRequestError, match=f"FakePipeline does not support {kind}"
         ) as caught:
-            resolve(model, prompt="x", sources=Sources(gradient(), mask))
+            resolve(model, prompt="x", sources=sources_of(gradient(), mask))
         assert (caught.value.param, caught.value.code) == (param, "unsupported")
     with pytest.raises(InvalidRequestError, match=r"strength is 0\.5, but no image is given"):
         resolve(model, prompt="x", strength=0.5)
@@ -132,11 +132,11 @@ def test_an_edit_has_the_size_of_its_source_or_the_nearest_that_is_allowed() -> 
         ((3024, 4032), (56, 72)),
         ((9248, 6936), (72, 56)),
     ):
-        resolved = resolve(model, prompt="x", sources=Sources(gradient(*size)))
+        resolved = resolve(model, prompt="x", sources=sources_of(gradient(*size)))
         assert (resolved.width, resolved.height) == expected, size
-    resolved = resolve(model, prompt="x", sources=Sources(gradient(41, 30)), size="16x64")
+    resolved = resolve(model, prompt="x", sources=sources_of(gradient(41, 30)), size="16x64")
     assert (resolved.width, resolved.height) == (16, 64)
-    assert resolve(model, prompt="x", sources=Sources(gradient(24, 24)), size="auto").width == 24
+    assert resolve(model, prompt="x", sources=sources_of(gradient(24, 24)), size="auto").width == 24
 
 
 @settings(max_examples=150, deadline=None)
@@ -174,10 +174,10 @@ def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(
     with pytest.raises(
         InvalidRequestError, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side"
     ) as caught:
-        resolve(model, prompt="x", sources=Sources(source))
+        resolve(model, prompt="x", sources=sources_of(source))
     assert caught.value.param == "image"
-    assert resolve(model, prompt="x", sources=Sources(source), size="64x64").width == 64
-    assert resolve(model, prompt="x", sources=Sources(mock.Mock(size=(8192, 16)))).width == 8192
+    assert resolve(model, prompt="x", sources=sources_of(source), size="64x64").width == 64
+    assert resolve(model, prompt="x", sources=sources_of(mock.Mock(size=(8192, 16)))).width == 8192
     sizes = replace(model.limits.sizes, max_side=512)  # then it has the model's longest side
     assert max(sizes.of_edit(size)) == 512
 
@@ -210,7 +210,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     mask = Image.new("L", (41, 30))
     mask.paste(255, (20, 0, 41, 30))
     call = model.call(
-        resolve(model, prompt="x", n=2, strength=0.5, sources=Sources(gradient(41, 30), mask))
+        resolve(model, prompt="x", n=2, strength=0.5, sources=sources_of(gradient(41, 30), mask))
     )
     assert call["pipeline"] is model.inpaint
     assert [image.size for image in call["image"]] == [(40, 32)] * 2
@@ -221,7 +221,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     )
     with StepEngine(model.pipeline, "off") as engine:
         assert len(engine.submit(**call).result(SECONDS).images) == 2
-    call = model.call(resolve(model, prompt="x", sources=Sources(gradient())))
+    call = model.call(resolve(model, prompt="x", sources=sources_of(gradient())))
     assert call["pipeline"] is model.image_to_image
     assert call["strength"] == 0.6  # the sibling's own
     assert "pipeline" not in model.call(resolve(model, prompt="x"))
@@ -239,7 +239,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
             r"strength is 0\.3 and num_inference_steps is 3",
         ),
         (
-            {"sources": Sources(gradient(), Image.new("L", (64, 32)))},
+            {"sources": sources_of(gradient(), Image.new("L", (64, 32)))},
             "mask",
             "mask is 64x32 and image 64x64",
         ),
@@ -255,7 +255,7 @@ def test_what_an_edit_cannot_have_is_named(
     arguments: dict[str, Any], param: str, says: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=says) as caught:
-        resolve(edits(), **{"prompt": "x", "sources": Sources(gradient()), **arguments})
+        resolve(edits(), **{"prompt": "x", "sources": sources_of(gradient()), **arguments})
     assert caught.value.param == param
 
 
@@ -343,7 +343,11 @@ def test_image_to_image_goes_as_far_from_its_source_as_its_strength(
     far = [
         apart(
             drawn(
-                shapes, prompt="a large blue ring", seed=2, strength=strength, sources=Sources(star)
+                shapes,
+                prompt="a large blue ring",
+                seed=2,
+                strength=strength,
+                sources=sources_of(star),
             )[0],
             source,
         )
@@ -360,7 +364,7 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(
     mask.paste(255, (32, 0, 64, 64))
     source = np.asarray(star, float) / 255
     (result,) = drawn(
-        shapes, prompt="a large blue ring", seed=2, strength=1.0, sources=Sources(star, mask)
+        shapes, prompt="a large blue ring", seed=2, strength=1.0, sources=sources_of(star, mask)
     )
     assert apart(result[:, :24], source[:, :24]) < 0.03
     assert apart(result[:, 36:], source[:, 36:]) > 0.08
@@ -370,7 +374,7 @@ def test_each_image_of_an_edit_is_that_of_its_own_seed(
     shapes: tuple[ServedModel, StepEngine], star: Image.Image
 ) -> None:
     mask = Image.new("L", star.size, 255)
-    for sources in (Sources(star), Sources(star, mask)):
+    for sources in (sources_of(star), sources_of(star, mask)):
         arguments: dict[str, Any] = {
             "prompt": "blue ring",
             "num_inference_steps": 4,
@@ -404,11 +408,11 @@ def test_every_scheduler_that_is_allowed_draws_the_same_star(
         prompt="x",
         strength=0.1,
         scheduler="FlowMatchHeunDiscreteScheduler",
-        sources=Sources(star),
+        sources=sources_of(star),
     )
     assert apart(edit, source) < 0.03
     with pytest.raises(InvalidRequestError, match="FlowMatchEuler.*FlowMatchHeun") as caught:
-        resolve(model, prompt="x", scheduler="UniPCMultistepScheduler", sources=Sources(star))
+        resolve(model, prompt="x", scheduler="UniPCMultistepScheduler", sources=sources_of(star))
     assert caught.value.param == "scheduler" and "UniPC" in caught.value.message
 
 
@@ -430,7 +434,7 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
         "vae.decode": 2,
     }
     estimate = engine.estimate(
-        **model.call(resolve(model, prompt="x", sources=Sources(gradient())))
+        **model.call(resolve(model, prompt="x", sources=sources_of(gradient())))
     )
     assert estimate is not None and estimate.solo > 0
     assert model.edits == ("image_to_image", "inpainting")

@@ -33,6 +33,7 @@ from tests.pipelines.catalog import entries
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.resolving import resolve
+from tests.support.uploads import sources_of
 from tests.support.waiting import SECONDS
 
 pytestmark = [
@@ -299,11 +300,11 @@ def check(name: str) -> ServedModel:
         warming.trials()
         image = source((model.width, model.height))
         kinds = {
-            "image_to_image": Sources(image),
-            "inpainting": Sources(image, image.convert("L")),
+            "image_to_image": sources_of(image),
+            "inpainting": sources_of(image, image.convert("L")),
         }
-        for sources in (None, *(kinds[edit] for edit in model.edits)):
-            limits = model.limits_for(sources)
+        for kind in model.pipelines():
+            sources, limits = kinds.get(kind), model.limits_of(kind)
             for asked in requests(model, limits, sources):
                 try:
                     parameters = resolve(

@@ -12,8 +12,6 @@ from starlette.types import Receive, Scope, Send
 
 from stepweave.api.middleware.contract import ContractMiddleware
 from stepweave.api.routes import bentoml as native
-from stepweave.api.schemas import StreamRequest
-from stepweave.parameters import ImageRequest
 from stepweave.serving.server import Server
 from tests.support.asgi import App
 
@@ -49,12 +47,9 @@ class Native:
         request, server = Request(scope, receive), self.server
 
         async def work() -> Response:
-            if scope["path"] == "/edit":
-                return await native.edit(request, server)
-            fields = await request.json()
-            if scope["path"] == "/generate":
-                return await native.generate(request, server, ImageRequest(**fields))
-            return await native.generate_stream(request, server, StreamRequest(**fields))
+            if scope["path"] == "/generate_stream":
+                return await native.generate_stream(request, server)
+            return await native.one_image(request, server)
 
         response = await native.answered(request, work)
         await response(scope, receive, send)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, RootModel
 
+from stepweave.calls import ArgumentType
 from stepweave.config.engine import Mode
 from stepweave.parameters import OutputFormat
 from stepweave.resource import Resource, absent
@@ -112,6 +113,29 @@ class Limits(Resource):
     max_prompt_characters: int
 
 
+class ModelArgument(Resource):
+    """An argument of the pipeline's call that requests may set by its name."""
+
+    name: str
+    type: ArgumentType
+    required: bool
+    default: Any = Field(description="The preset's, or else the pipeline's own.")
+    minimum: float | None = Field(description="Of numbers.")
+    maximum: float | None
+    max_length: int | None = Field(description="Elements of a list, or characters of a text.")
+    description: str
+
+
+class ModelImage(Resource):
+    """An image that requests may send by its name."""
+
+    name: str
+    type: Literal["image", "mask"]
+    required: bool = Field(description="By requests of the model's main kind.")
+    several: bool = Field(description="Whether a request may have several.")
+    description: str
+
+
 class ModelDetails(Limits):
     """What the model takes, and how it is run."""
 
@@ -132,6 +156,10 @@ class ModelDetails(Limits):
     scheduler_steps: dict[str, SchedulerSteps] = Field(
         description="Of those that only run with some values of `num_inference_steps`."
     )
+    arguments: list[ModelArgument]
+    images: list[ModelImage]
+    prompt: bool = Field(description="Whether it takes one.")
+    generations: bool = Field(description="Whether it makes images without being sent some.")
     edits: list[Literal["image_to_image", "inpainting"]]
     limits_of_edits: dict[str, Limits] = Field(
         description="Of those edits whose limits differ from the others."

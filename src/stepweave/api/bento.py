@@ -20,6 +20,7 @@ from starlette.responses import Response
 from stepweave.api.app import Api
 from stepweave.api.connections import Connections
 from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.middleware.native_schema import NativeSchema
 from stepweave.api.routes import bentoml as routes
 from stepweave.api.schemas import BentoMLEditRequest, StreamRequest
 from stepweave.config import Settings
@@ -106,10 +107,8 @@ class Stepweave:
     @bentoml.api(input_spec=ImageRequest)
     async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:
         """One image; its parameters are in `X-Stepweave-*` headers and in the file."""
-        body = ImageRequest.model_validate(fields)
         return answer(
-            ctx,
-            await routes.answered(ctx.request, lambda: routes.generate(ctx.request, server, body)),
+            ctx, await routes.answered(ctx.request, lambda: routes.one_image(ctx.request, server))
         )
 
     @bentoml.api(input_spec=StreamRequest)
@@ -118,19 +117,16 @@ class Stepweave:
     ) -> AsyncGenerator[str, None]:
         """The same as server-sent events, with previews, and with `events` "all" also queue
         position and progress."""
-        body = StreamRequest.model_validate(fields)
         return answer(
             ctx,
-            await routes.answered(
-                ctx.request, lambda: routes.generate_stream(ctx.request, server, body)
-            ),
+            await routes.answered(ctx.request, lambda: routes.generate_stream(ctx.request, server)),
         )
 
     @bentoml.api(input_spec=EditInput)
     async def edit(self, ctx: bentoml.Context, **fields: object) -> Image:
         """Edit an image, within a mask if there is one."""
         return answer(
-            ctx, await routes.answered(ctx.request, lambda: routes.edit(ctx.request, server))
+            ctx, await routes.answered(ctx.request, lambda: routes.one_image(ctx.request, server))
         )
 
 
@@ -142,4 +138,5 @@ def complete(made: bentoml.Service[Stepweave]) -> bentoml.Service[Stepweave]:
     stream.is_stream = True
     stream.output_spec.media_type = "text/event-stream"
     made.add_asgi_middleware(ContractMiddleware, server=server)
+    made.add_asgi_middleware(NativeSchema, server=server, schema=made.schema)
     return made

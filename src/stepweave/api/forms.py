@@ -1,13 +1,19 @@
-"""Multipart forms (RFC 7578): the fields and images of an edit."""
+"""The images of a request: files of a form (RFC 7578), or data URLs in JSON (RFC 2397)."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+import io
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
+from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -16,28 +22,40 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.api.schemas import CHARSETS, NULL, BentoMLEditRequest, EditRequest, refused_field
-from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, shown
-from stepweave.parameters import Sources
+from stepweave.api.schemas import (
+    CHARSETS,
+    MAX_SAME,
+    NULL,
+    EditRequest,
+    ImageReference,
+    refused_field,
+)
+from stepweave.calls import RequestFields, has_scalar, takes_lists
+from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, did_you_mean, shown
+from stepweave.images.decoders import UploadedFile
+from stepweave.parameters import ImageRequest, Sources
 from stepweave.serving.admission import Reservation
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
-IMAGE_FILES = ("image", "mask")
-REQUIRED = ("image",)
+RequestT = TypeVar("RequestT", bound=ImageRequest)
+
+IMAGE, MASK = "image", "mask"
+REQUIRED = (IMAGE,)
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
 # including empty ones, which browsers send if no file was chosen
-MAX_FILES = 8
+MAX_FILES = 24
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 BYTE_ORDER_MARK = "\ufeff"
 
 
 class Form(contextlib.AbstractContextManager["Form"]):
-    """A multipart form. Long files are on disk until `close`."""
+    """The texts and files of a request. Long files are on disk until `close`."""
 
     def __init__(
-        self, texts: dict[str, str], files: dict[str, BinaryIO], warnings: Sequence[str] = ()
+        self, texts: dict[str, str], files: Sequence[UploadedFile], warnings: Sequence[str] = ()
     ) -> None:
         self.texts = texts
         self.files = files
@@ -59,18 +77,22 @@ class Form(contextlib.AbstractContextManager["Form"]):
     def close(self) -> None:
         self._closed = True
         if not self._users:
-            for file in self.files.values():
-                file.close()
+            for file in self.files:
+                if not isinstance(file.content, bytes):
+                    file.content.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser accepts a form that is cut short, and reads all files of one name."""
+    """Starlette's parser accepts a form that is cut short, and reads any number of files of one
+    name."""
 
     spool_max_size = SPOOLED
     ended = False
+    several: Collection[str] = (IMAGE,)  # names of which there may be several
+    same: Mapping[str, str]  # names that mean others
     _texts = 0  # bytes
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -86,27 +108,38 @@ class _Parser(MultiPartParser):
         super().on_headers_finished()
         part = self._current_part
         if part.file is not None and part.file.filename:
-            name = _name(part.field_name)
-            if any(
-                isinstance(item, UploadFile) and item.filename and _name(other) == name
+            name = _name(part.field_name, self.same)
+            same = sum(
+                isinstance(item, UploadFile)
+                and bool(item.filename)
+                and _name(other, self.same) == name
                 for other, item in self.items
-            ):
-                raise _twice(name)
+            )
+            if same and (name not in self.several or same >= MAX_SAME):
+                raise _too_many(name, MAX_SAME if name in self.several else 1)
 
     def on_end(self) -> None:
         self.ended = True
 
 
-async def read_form(request: Request, files: Sequence[str] = IMAGE_FILES) -> Form:
-    """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty
-    counts as absent: a text, and a file without a name, as browsers send what was not filled in.
+async def read_form(request: Request, fields: RequestFields) -> Form:
+    """A multipart form, whose files are the images of `fields`. Several of one name may be named as
+    in `image[]`. What is empty counts as absent: a text, and a file without a name, as browsers
+    send what was not filled in.
 
-    Raises InvalidRequestError for a form that cannot be read, a name that comes twice, a field that
-    is a file or the other way round.
+    Raises InvalidRequestError for a form that cannot be read, a name that comes too often, a field
+    that is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
     limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
     parser = _Parser(request.headers, request.stream(), **limits)
+    parser.same = {"images": IMAGE, **fields.same}
+    known = {IMAGE: False, MASK: True} | {
+        name: argument.type == "mask"
+        for name, argument in fields.images.items()
+        if name not in parser.same
+    }
+    parser.several = [name for name, is_mask in known.items() if not is_mask]
     try:
         data = await parser.parse()
     except ClientDisconnect:
@@ -120,57 +153,132 @@ async def read_form(request: Request, files: Sequence[str] = IMAGE_FILES) -> For
             raise InvalidRequestError(
                 "The form is cut short: its closing boundary is missing.", code="invalid_form"
             )
-        return _sorted(data, files)
+        lists = {
+            name: has_scalar(field.argument.value, str)
+            for name, field in fields.arguments.items()
+            if takes_lists(field.argument.value)
+        }
+        return _sorted(data, known, parser.same, lists)
     except BaseException:
         await data.close()
         raise
 
 
-def _sorted(data: FormData, files: Sequence[str]) -> Form:
+def _sorted(
+    data: FormData, known: dict[str, bool], same: Mapping[str, str], lists: Mapping[str, bool]
+) -> Form:
+    """`known` are the names of files, and whether each is a mask; `same` are names that mean
+    others; `lists` are arguments whose elements may come one by one, and whether they are texts."""
     texts: dict[str, str] = {}
-    found: dict[str, BinaryIO] = {}
+    elements: dict[str, list[str]] = {}
+    found: list[UploadedFile] = []
     warnings: list[str] = []
     for given, value in data.multi_items():
-        name = _name(given)
+        name = _name(given, same)
         if isinstance(value, str):
             value = value.removeprefix(BYTE_ORDER_MARK)
-            if not value or (name in files and value == NULL):
+            if not value or (name in known and value == NULL):
                 continue
         elif not value.size and (not value.filename or name not in REQUIRED):
             value.file.close()
-            if value.filename and name in files:
+            if value.filename and name in known:
                 warnings.append(f"{name}: the file is empty, which counts as none.")
             continue
-        if name in texts or name in found:
-            raise _twice(name)
+        if isinstance(value, str) and name in lists:
+            elements.setdefault(name, []).append(value)
+            continue
+        if name in texts or (isinstance(value, str) and any(name == one.name for one in found)):
+            raise _too_many(name, 1)
         if isinstance(value, str):
-            if name in files:
+            if name in known:
                 raise InvalidRequestError(
                     f"{name} is {shown(value)}; it must be a file.", param=name
                 )
             texts[name] = value
-        elif name in files:
-            found[name] = value.file
+        elif name in known:
+            found.append(UploadedFile(name, value.file, known[name]))
         else:
             raise refused_field(name, EditRequest) or InvalidRequestError(
-                f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name
+                f"{shown(name)} is a file{did_you_mean(name, known)}; only "
+                f"{' and '.join(known)} may be.",
+                param=name,
             )
+    for name, several in elements.items():
+        texts[name] = several[0] if len(several) == 1 else _as_list(several, words=lists[name])
     return Form(texts, found, warnings)
 
 
-def _name(given: str) -> str:
-    return given.removesuffix("[]")
+def _as_list(several: list[str], *, words: bool) -> str:
+    """The elements of a list that came one by one, as JSON."""
+    values: list[Any] = []
+    for text in several:
+        try:
+            values.append(text if words else from_json(text))
+        except ValueError:
+            values.append(text)
+    return to_json(values).decode()
 
 
-def _twice(name: str) -> InvalidRequestError:
-    more = (
-        "; an edit starts from one image: send that, or put them together into one"
-        if name == "image"
-        else ""
-    )
+def _name(given: str, same: Mapping[str, str]) -> str:
+    """A field's name, without the brackets of one that may come several times."""
+    name = given.removesuffix("[]")
+    return same.get(name, name)
+
+
+def _too_many(name: str, limit: int) -> InvalidRequestError:
+    often = "more than once" if limit == 1 else f"more than {limit} times"
     return InvalidRequestError(
-        f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN]
+        f"{name[:SHOWN]} is given {often}; the limit is {limit}.", param=name[:SHOWN]
     )
+
+
+async def data_urls_of(body: RequestT, fields: RequestFields) -> tuple[RequestT, Form]:
+    """The request without its images, and these. Raises InvalidRequestError for a URL that is no
+    data URL, which this server does not fetch."""
+    given = {
+        name: value for name in body.IMAGES if (value := getattr(body, name, None)) is not None
+    }
+    if not given:
+        return body, Form({}, ())
+    files = await on_thread(None, _decoded, given, fields)
+    return body.model_copy(update=dict.fromkeys(given)), Form({}, files)
+
+
+def form_of_bytes(files: Mapping[str, Sequence[bytes]], fields: RequestFields) -> Form:
+    """The images of a request that has them as bytes, by name."""
+    found = [
+        UploadedFile(name, content, fields.images[name].type == "mask")
+        for name, contents in files.items()
+        for content in contents
+    ]
+    return Form({}, found)
+
+
+def _decoded(given: dict[str, Any], fields: RequestFields) -> list[UploadedFile]:
+    files: list[UploadedFile] = []
+    for name, value in given.items():
+        meant = IMAGE if name == "images" and name not in fields.images else name
+        is_mask = meant == MASK or (meant in fields.images and fields.images[meant].type == "mask")
+        for one in value if isinstance(value, list) else [value]:
+            url = one.image_url if isinstance(one, ImageReference) else one
+            files.append(UploadedFile(meant, io.BytesIO(_bytes_of(url, name)), is_mask))
+    return files
+
+
+def _bytes_of(url: str, name: str) -> bytes:
+    head = _DATA_URL.match(url)
+    if head is None:
+        raise InvalidRequestError(
+            f"{name} is {shown(url)}; send the image itself, as a data URL "
+            "(data:image/png;base64,...): this server fetches none.",
+            param=name,
+        )
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequestError(
+            f"{name} is a data URL whose base64 cannot be read.", param=name
+        ) from None
 
 
 def _check_charset(content_type: str) -> None:
@@ -196,32 +304,41 @@ async def reserve(request: Request, server: Server) -> Reservation:
 
 
 async def digest_of(form: Form) -> bytes:
-    """A digest of an edit's files. Raises InvalidRequestError if the image is missing."""
-    if "image" not in form.files:
+    """A digest of a request's files. Raises InvalidRequestError if there are none."""
+    if not form.files:
         raise InvalidRequestError(
-            "image is missing: send it as a file of the form.", code="missing_field", param="image"
+            "image is missing: send it as a file of the form, or as a data URL in JSON.",
+            code="missing_field",
+            param=IMAGE,
         )
 
     def digest() -> bytes:
-        digests = {name: hashlib.sha256() for name in IMAGE_FILES}
-        for name, file in form.files.items():
-            while chunk := file.read(SPOOLED):
-                digests[name].update(chunk)
-        return b"".join(digest.digest() for digest in digests.values())
+        digests = []
+        for file in form.files:
+            content = file.content
+            digest = hashlib.sha256(f"{file.name}\0".encode())
+            if isinstance(content, bytes):
+                digest.update(content)
+            else:
+                content.seek(0)
+                while chunk := content.read(SPOOLED):
+                    digest.update(chunk)
+            digests.append(digest.digest())
+        return b"".join(digests)
 
     with form.used():
         return await on_thread(None, digest)
 
 
 async def edit_of(
-    form: Form, server: Server, body: EditRequest | BentoMLEditRequest, place: Reservation | None
+    form: Form, server: Server, body: ImageRequest, place: Reservation | None
 ) -> dict[str, Any]:
     """An edit's part of a submission. Its images are only decoded once they are needed: not for an
     edit that joins another, or is refused for its key. Raises as `digest_of` does."""
     return {
         "files": await digest_of(form),
         "sources": partial(read_images, form, server, body.size, place),
-        "strength": body.strength,
+        "strength": getattr(body, "strength", None),
         "reservation": place,
     }
 
@@ -229,17 +346,22 @@ async def edit_of(
 async def read_images(
     form: Form, server: Server, size: str | None, place: Reservation | None
 ) -> Sources:
-    """An edit's images, scaled to the size of the result: `size`, or the nearest to the image's
-    own. A few are decoded at a time, in processes of their own that end if the awaiting task is
-    cancelled. `place` is the edit's.
+    """A request's images, as the model takes them: `ServedModel.size_of_edit`. A few are decoded at
+    a time, in processes of their own that end if the awaiting task is cancelled. `place` is the
+    edit's.
 
     Raises InvalidRequestError or UnsupportedMediaTypeError naming the one that cannot be read, and
-    what `ServedModel.size_of_edit` does.
+    what `ServedModel.check_counts` and `size_of_edit` do.
     """
     served, _ = server.ready(place)
+    counts = Counter(file.name for file in form.files)
+    served.check_counts(counts)
+    leading = served.leading(counts)
 
-    def fit(source: tuple[int, int], masked: bool) -> tuple[int, int]:
+    def fit(name: str, source: tuple[int, int], masked: bool) -> tuple[int, int]:
+        if name != leading:
+            return served.size_of_reference(source)
         return served.size_of_edit(source, size, masked=masked)
 
     with form.used():
-        return await server.decoders.read_sources(form.files["image"], form.files.get("mask"), fit)
+        return await server.decoders.read_sources(form.files, leading, fit)

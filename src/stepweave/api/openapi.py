@@ -19,6 +19,7 @@ from starlette.routing import Route
 from stepweave import __version__
 from stepweave.api.answer_schemas import ANSWERS, ExamplesError, ProtocolError
 from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
+from stepweave.api.model_fields import with_fields
 from stepweave.api.open_inference.tensors import (
     InputParameters,
     InputTensor,
@@ -41,8 +42,9 @@ from stepweave.api.operations import (
 )
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
-from stepweave.api.schemas import PROMPTS, BentoMLEditRequest, EditRequest
+from stepweave.api.schemas import MAX_SAME, PROMPTS, BentoMLEditRequest, EditRequest
 from stepweave.api.urls import prefix
+from stepweave.calls import RequestFields
 from stepweave.errors import (
     AdmissionError,
     AuthenticationError,
@@ -53,7 +55,7 @@ from stepweave.errors import (
     UnsupportedEncodingError,
     UnsupportedMediaTypeError,
 )
-from stepweave.parameters import OPTIONAL_ARGUMENTS
+from stepweave.parameters import OPTIONAL_ARGUMENTS, ImageRequest
 from stepweave.serving.resources import Error
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -115,7 +117,7 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
     for operation in operations(None if server.model is None else server.model.names):
         if operation.elsewhere or operation.path in mounted:
             paths.setdefault(operation.path, {})[operation.method] = _operation(operation, secured)
-    schemas = copy.deepcopy(_schemas())
+    schemas = copy.deepcopy(_schemas(server.fields))
     _limit(schemas, server)
     components: dict[str, Any] = {
         "schemas": schemas,
@@ -157,11 +159,17 @@ class _Generator(GenerateJsonSchema):
         return super().field_is_required(field, total)
 
 
-@functools.cache
-def _schemas() -> dict[str, Any]:
-    """Of bodies and answers, by name, as any server has them."""
+@functools.lru_cache(maxsize=8)
+def _schemas(fields: RequestFields) -> dict[str, Any]:
+    """Of bodies and answers, by name, as any server with such a model has them."""
     models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
-        (model, "validation") for model in REQUESTS
+        (
+            with_fields(model, fields, files=model not in FORMS)
+            if issubclass(model, ImageRequest)
+            else model,
+            "validation",
+        )
+        for model in REQUESTS
     ]
     models += [(model, "serialization") for model in ANSWERS]
     _, document = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
@@ -171,7 +179,7 @@ def _schemas() -> dict[str, Any]:
         for name in schema["properties"].keys() - set(schema.get("required", ())):
             schema["properties"][name] = _or_null(schema["properties"][name])
     for form in FORMS:
-        schemas[form.__name__] = _as_form(schemas[form.__name__])
+        schemas[form.__name__] = _as_form(schemas[form.__name__], fields)
     return schemas
 
 
@@ -184,9 +192,13 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [inner, {"type": "null"}], **outer}
 
 
-def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
+def _as_form(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
     """A form's schema: it has files, and no null."""
-    properties = {"image": FILE, "mask": FILE}
+    properties: dict[str, Any] = {"image": FILE, "mask": FILE}
+    several = {"type": "array", "items": FILE, "minItems": 1, "maxItems": MAX_SAME}
+    for name in fields.images:
+        if name not in fields.same:
+            properties[name] = several if name in fields.several else FILE
     for name, field in schema["properties"].items():
         values = {
             key: value
@@ -194,7 +206,7 @@ def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
             if key != "anyOf" and (key, value) != ("default", None)
         }
         properties[name] = {**(_first_type(field) if "anyOf" in field else {}), **values}
-    return {**schema, "properties": properties, "required": ["image", *schema["required"]]}
+    return {**schema, "properties": properties, "required": ["image", *schema.get("required", ())]}
 
 
 def _limit(schemas: dict[str, Any], server: Server) -> None:
@@ -300,8 +312,9 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
     for media_type, schema in content.items():
         described[media_type] = {"schema": _schema(schema)}
         if media_type == FORM:
-            files = {"contentType": ", ".join(IMAGE_TYPES)}
-            described[media_type]["encoding"] = {"image": files, "mask": files}
+            described[media_type]["encoding"] = {
+                name: {"contentType": ", ".join(IMAGE_TYPES)} for name in ("image", "mask")
+            }
         if media_type == EVENT_STREAM and events:
             described[media_type]["schema"] = {"anyOf": [_event(*each) for each in events.items()]}
     return described

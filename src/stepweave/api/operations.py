@@ -15,7 +15,14 @@ from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, In
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.routes.documentation import FILES
 from stepweave.api.routes.jobs import MAX_LIST
-from stepweave.api.schemas import BentoMLEditRequest, EditRequest, GenerationRequest, StreamRequest
+from stepweave.api.schemas import (
+    BentoMLEditBody,
+    BentoMLEditRequest,
+    EditBody,
+    EditRequest,
+    GenerationRequest,
+    StreamRequest,
+)
 from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
     AdmissionError,
@@ -58,9 +65,11 @@ ERRORS: Errors = (*EVERYWHERE, *WORK, AuthenticationError)
 REQUESTS: tuple[type[BaseModel], ...] = (
     GenerationRequest,
     EditRequest,
+    EditBody,
     ImageRequest,
     StreamRequest,
     BentoMLEditRequest,
+    BentoMLEditBody,
     DiffusersExampleRequest,
     InferenceRequest,
     IndexRequest,
@@ -377,12 +386,13 @@ def operations(names: ModelNames | None) -> list[Operation]:
                 "image_edit",
                 id="createImageEdit",
                 summary="Image to image and inpainting",
-                body={FORM: EditRequest},
+                body={FORM: EditRequest, JSON: EditBody},
                 description="`image` is the image to edit. `mask` is transparent where it is to be "
                 "repainted, or, if its alpha is the same throughout, white there; it has "
-                "the proportions of `image`. Both are PNG, JPEG or WebP, are turned as "
-                "their EXIF says, converted to sRGB, and scaled to the size of the result. "
-                "`image[]`, as OpenAI's clients name several, means `image`.",
+                "the proportions of `image`. All are PNG, JPEG or WebP, are turned as "
+                "their EXIF says, and converted to sRGB; the image that the result begins with, "
+                "and its mask, are scaled to the size of the result. `image[]` is `image`, which "
+                "some models take several times, as references.",
             ),
             Operation(
                 "post",
@@ -473,7 +483,13 @@ def operations(names: ModelNames | None) -> list[Operation]:
                 {JSON: StreamRequest},
                 example={**EXAMPLE, "partial_images": 2},
             ),
-            _native("/edit", "edit", "One image from another", image, {FORM: BentoMLEditRequest}),
+            _native(
+                "/edit",
+                "edit",
+                "One image from another",
+                image,
+                {FORM: BentoMLEditRequest, JSON: BentoMLEditBody},
+            ),
             _get(
                 "/schema.json",
                 "bentomlSchema",

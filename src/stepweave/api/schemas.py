@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 
-from stepweave.errors import SHOWN, InvalidRequestError, UnsupportedMediaTypeError, shown
+from stepweave.errors import (
+    SHOWN,
+    InvalidRequestError,
+    UnsupportedMediaTypeError,
+    did_you_mean,
+    shown,
+)
 from stepweave.parameters import ImageRequest, ResponseFormat
 from stepweave.threads import on_thread
 
 MAX_PARTIAL_IMAGES = 3
+MAX_SAME = 16  # images of one name, as in OpenAI's API
 NULL = "null"  # in a form: the field is absent
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
 LONG = 32 * 1024  # bytes beyond which a body is not parsed on the event loop
@@ -111,8 +118,51 @@ class EditRequest(Edit, OpenAIRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Ignored.")
 
 
+DataURL = Annotated[
+    str,
+    Field(
+        description="The image itself: `data:image/png;base64,...`.",
+        json_schema_extra={"pattern": r"^data:image/[a-z]+;base64,"},
+    ),
+]
+
+
+class ImageReference(BaseModel):
+    """An image as OpenAI's API has it in JSON; only data URLs are read, never others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    image_url: DataURL
+
+
+File = DataURL | ImageReference
+Files = File | Annotated[list[File], Field(min_length=1, max_length=MAX_SAME)]
+
+
+class JSONImages(BaseModel):
+    """The images of an edit in JSON."""
+
+    IMAGES: ClassVar[tuple[str, ...]] = ("image", "images", "mask")
+
+    image: Files | None = Field(None, description="The image to edit, or several references.")
+    images: Files | None = Field(None, description="As OpenAI's API names `image` in JSON.")
+    mask: File | None = Field(
+        None, description="Transparent where the image is to be repainted, or white there."
+    )
+
+
+class EditBody(JSONImages, EditRequest):
+    """Body of `POST /v1/images/edits` in JSON, with its images as data URLs."""
+
+    IGNORED = EditRequest.IGNORED
+
+
 class BentoMLEditRequest(Edit, ImageRequest):
     """Fields of `POST /edit` less its files, `image` and `mask`."""
+
+
+class BentoMLEditBody(JSONImages, BentoMLEditRequest):
+    """Body of `POST /edit` in JSON, with its images as data URLs."""
 
 
 def require_json(content_type: str, *others: str) -> None:
@@ -121,9 +171,7 @@ def require_json(content_type: str, *others: str) -> None:
     kind, parameters = parse_options_header(content_type)
     if kind.decode("latin-1") in others:
         return
-    if kind != b"application/json" and not (
-        kind.startswith(b"application/") and kind.endswith(b"+json")
-    ):
+    if not is_json(content_type):
         told = (
             " (curl -d sends it unless told otherwise)"
             if kind == b"application/x-www-form-urlencoded"
@@ -139,6 +187,14 @@ def require_json(content_type: str, *others: str) -> None:
         raise UnsupportedMediaTypeError(
             f"The charset of the content type is {shown(charset)}; send JSON in utf-8."
         )
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a content type is JSON."""
+    kind = parse_options_header(content_type)[0]
+    return kind == b"application/json" or (
+        kind.startswith(b"application/") and kind.endswith(b"+json")
+    )
 
 
 def require_form(content_type: str) -> None:
@@ -200,7 +256,7 @@ def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
     """Raise InvalidRequestError naming the first unknown one if an object has far more members than
     its model has fields."""
     if len(values) > MANY * len(schema.model_fields):
-        raise _unknown(next(name for name in values if name not in schema.model_fields))
+        raise _unknown(next(name for name in values if name not in schema.model_fields), schema)
 
 
 def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
@@ -226,9 +282,20 @@ def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> In
             f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
         )
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
-    param = ".".join(str(part) for part in problem["loc"])[:SHOWN] or None
+    place = problem["loc"]
+    if (
+        schema is not None
+        and place
+        and place[0]
+        in (
+            *getattr(schema, "ARGUMENTS", ()),
+            *getattr(schema, "IMAGES", ()),
+        )
+    ):
+        place = place[:1]  # without the part of a union that did not match
+    param = ".".join(str(part) for part in place)[:SHOWN] or None
     if problem["type"] == "extra_forbidden":
-        return refused_field(param or "", schema) or _unknown(param)
+        return refused_field(param or "", schema) or _unknown(param, schema)
     if problem["type"] == "missing":
         return InvalidRequestError(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":
@@ -252,7 +319,10 @@ def refused_field(name: str, schema: type[BaseModel] | None) -> InvalidRequestEr
     )
 
 
-def _unknown(param: str | None) -> InvalidRequestError:
+def _unknown(param: str | None, schema: type[BaseModel] | None) -> InvalidRequestError:
+    known = [] if schema is None else list(schema.model_fields)
     return InvalidRequestError(
-        f"Unknown field {shown(param)}.", code="unknown_field", param=param and param[:SHOWN]
+        f"Unknown field {shown(param)}{did_you_mean(param or '', known)}.",
+        code="unknown_field",
+        param=param and param[:SHOWN],
     )

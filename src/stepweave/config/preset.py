@@ -2,7 +2,7 @@
 
 Sources in order of precedence: the setting `STEPWEAVE_PRESET`, the file `stepweave.json` in the
 model's directory, a built-in preset for a known layout (`loading.builtin`), and the pipeline's own
-`__call__`. They are merged member by member, and `call` argument by argument.
+`__call__`. They are merged member by member, and `call` and `limits` argument by argument.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import difflib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -23,6 +23,7 @@ SETTING = "STEPWEAVE_PRESET"
 
 # members that are arguments of the call, too
 _MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")
+_MAPS = ("call", "limits")  # members that are merged argument by argument
 # arguments that the server sets
 _OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 
@@ -40,7 +41,13 @@ class Preset(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1, description="Default number of steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Default guidance.")
     call: dict[str, Any] = Field(
-        default_factory=dict, description="Further keyword arguments of every call."
+        default_factory=dict,
+        description="Further keyword arguments of calls, for requests that do not set them.",
+    )
+    limits: dict[str, tuple[float, float] | Literal[False]] = Field(
+        default_factory=dict,
+        description="What requests may set an argument of the call to: `[least, most]`, or `false` "
+        "for nothing.",
     )
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # by member or `call.ARGUMENT`
 
@@ -57,9 +64,13 @@ class Preset(BaseModel):
         return call
 
     def given(self) -> dict[str, Any]:
-        """Its values by member or `call.ARGUMENT`."""
-        members = {name: value for name, value in self if name != "call" and value is not None}
-        return members | {f"call.{name}": value for name, value in self.call.items()}
+        """Its values by member, `call.ARGUMENT` or `limits.ARGUMENT`."""
+        members = {name: value for name, value in self if name not in _MAPS and value is not None}
+        return members | {
+            f"{member}.{name}": value
+            for member in _MAPS
+            for name, value in getattr(self, member).items()
+        }
 
     def named(self, source: str) -> Self:
         """A copy whose values are all from `source`."""
@@ -71,9 +82,13 @@ class Preset(BaseModel):
             name: value
             for preset in (weaker, self)
             for name, value in preset
-            if name != "call" and value is not None
+            if name not in _MAPS and value is not None
         }
-        merged = Preset(**members, call={**weaker.call, **self.call})
+        merged = Preset(
+            **members,
+            call={**weaker.call, **self.call},
+            limits={**weaker.limits, **self.limits},
+        )
         return merged._with_sources({**weaker._all_sources(), **self._all_sources()})
 
     def source(self, name: str) -> str:

@@ -2,9 +2,9 @@
 MAX_PIXELS`.
 
 It imports Pillow and numpy, and answers over a socket: requests and answers are a message in JSON,
-and one with the bytes of each file or image. Once it knows an image's size, it asks for the wanted
-size, so that no larger image is sent back. Nothing is unpickled, so a decoder that a malicious file
-has taken over cannot attack the server that way. It ends when its socket is closed.
+and one with the bytes of each file or image. Once it knows the size of an image, it asks for the
+wanted one, so that no larger image is sent back. Nothing is unpickled, so a decoder that a
+malicious file has taken over cannot attack the server that way. It ends when its socket is closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
-from stepweave.images.uploads import NotWanted, Size, read_sources
+from stepweave.images.uploads import NotWanted, Size, Upload, read_sources
 
 READY = b"ready"
 MEMORY_BYTES = 1 << 30  # of address space, for the interpreter and its libraries
@@ -35,35 +35,38 @@ def main(descriptor: int, max_pixels: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             asked = json.loads(connection.recv_bytes())
-            image = connection.recv_bytes()
-            mask = connection.recv_bytes() if asked["mask"] else None
+            files = [
+                Upload(file["name"], connection.recv_bytes(), file["is_mask"])
+                for file in asked["files"]
+            ]
             signal.alarm(LAST_SECONDS)
-            for message in _answer(connection, image, mask, max_pixels):
+            for message in _answer(connection, files, asked["leading"], max_pixels):
                 connection.send_bytes(message)
             signal.alarm(0)
 
 
 def _answer(
-    connection: Connection, image: bytes, mask: bytes | None, max_pixels: int
+    connection: Connection, files: list[Upload], leading: str, max_pixels: int
 ) -> list[bytes]:
-    def fit(size: Size, masked: bool) -> Size:
-        connection.send_bytes(json.dumps({"size": size, "masked": masked}).encode())
+    def fit(name: str, size: Size, masked: bool) -> Size:
+        asked = {"name": name, "size": size, "masked": masked}
+        connection.send_bytes(json.dumps(asked).encode())
         wanted = json.loads(connection.recv_bytes())["size"]
         if wanted is None:
             raise NotWanted
         return (wanted[0], wanted[1])
 
     try:
-        sources = read_sources(image, mask, max_pixels=max_pixels, fit=fit)
+        sources = read_sources(files, leading=leading, max_pixels=max_pixels, fit=fit)
     except NotWanted:  # the server refuses the size, or the kind of edit
         return []
     except (InvalidRequestError, UnsupportedMediaTypeError) as error:
         reason = {"message": error.message, "code": error.code, "param": error.param}
         return [json.dumps({"error": reason, "status": error.status}).encode()]
-    images = [image for image in (sources.image, sources.mask) if image is not None]
-    headers = [{"mode": image.mode, "size": image.size} for image in images]
+    named = [(name, image) for name, images in sources.images.items() for image in images]
+    headers = [{"name": name, "mode": image.mode, "size": image.size} for name, image in named]
     answer = {"images": headers, "warnings": sources.warnings}
-    return [json.dumps(answer).encode(), *(image.tobytes() for image in images)]
+    return [json.dumps(answer).encode(), *(image.tobytes() for _, image in named)]
 
 
 def _confine(memory: int) -> None:

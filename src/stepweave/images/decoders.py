@@ -17,6 +17,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,9 +47,18 @@ KEPT = re.compile(r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+")
 _COMMAND = (sys.executable, "-P", "-W", "ignore", "-m", "stepweave.images.decoder_process")
 
 
-def as_it_is(size: Size, masked: bool) -> Size:
+def as_it_is(name: str, size: Size, masked: bool) -> Size:
     """Keep an image's size."""
     return size
+
+
+@dataclass(frozen=True)
+class UploadedFile:
+    """A file of a request, not decoded yet, by the request's name."""
+
+    name: str
+    content: bytes | BinaryIO
+    is_mask: bool = False
 
 
 class Decoders:
@@ -64,7 +75,7 @@ class Decoders:
         self.waiting = 0  # requests whose files are being decoded or wait for it
 
     async def read_sources(
-        self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is
+        self, files: Sequence[UploadedFile], leading: str = "image", fit: Fit = as_it_is
     ) -> Sources:
         """Call `uploads.read_sources` in a process, which is ended if the awaiting task is
         cancelled. Files are read only when a process is free, to save memory. `fit` is called on
@@ -76,7 +87,7 @@ class Decoders:
         """
         with self._lock:
             self._check_open()
-        task = _Task(image, mask, fit)
+        task = _Task(files, leading, fit)
         self.waiting += 1
         try:
             return await on_thread(self._threads, self._run, task)
@@ -148,10 +159,10 @@ class _Task:
     """The files of a request. `end` is for any thread."""
 
     def __init__(
-        self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is
+        self, files: Sequence[UploadedFile], leading: str = "image", fit: Fit = as_it_is
     ) -> None:
-        self._image = image
-        self._mask = mask
+        self._files = files
+        self._leading = leading
         self._fit = fit
         self.ended: str | None = None  # the reason: cancelled or slow
         self._process: _Process | None = None  # runs the task
@@ -173,7 +184,7 @@ class _Task:
         timer.daemon = True
         timer.start()
         try:
-            return process.decode(self._image, self._mask, self._fit)
+            return process.decode(self._files, self._leading, self._fit)
         except (EOFError, OSError):
             raise self._died(process) from None
         finally:
@@ -185,9 +196,10 @@ class _Task:
         if self.ended == "cancelled":
             return RequestCancelledError()
         if self.ended == "slow":
-            files = "image" if self._mask is None else "image and mask"
+            files = " and ".join(dict.fromkeys(file.name for file in self._files))
             message = f"{files} took more than {SECONDS:g} s to decode; the limit is {SECONDS:g} s."
-            return InvalidRequestError(message, code="image_too_slow", param="image")
+            param = self._files[0].name
+            return InvalidRequestError(message, code="image_too_slow", param=param)
         status = process.kill_and_wait()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         return StepweaveError(
@@ -233,42 +245,46 @@ class _Process:
             "The process that decodes images did not start.", code="decoder_failed"
         )
 
-    def decode(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit) -> Sources:
+    def decode(self, files: Sequence[UploadedFile], leading: str, fit: Fit) -> Sources:
         """Decode a request's files. Raises the process's error, that of `fit`, or EOFError or
         OSError if it dies."""
         self.usable = False
         connection = self._connection
-        connection.send_bytes(json.dumps({"mask": mask is not None}).encode())
-        for file in (image, mask):
-            if isinstance(file, bytes):
-                connection.send_bytes(file)
-            elif file is not None:
-                file.seek(0)
-                connection.send_bytes(file.read())
+        told = [{"name": file.name, "is_mask": file.is_mask} for file in files]
+        connection.send_bytes(json.dumps({"files": told, "leading": leading}).encode())
+        for file in files:
+            content = file.content
+            if isinstance(content, bytes):
+                connection.send_bytes(content)
+            else:
+                content.seek(0)
+                connection.send_bytes(content.read())
         answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
-        if "size" in answer:
+        asked = 0
+        # limited: a process that a malicious file has taken over must not ask for ever
+        while "size" in answer and asked < len(files):
+            asked += 1
             self._send_size(answer, fit)
             answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
         # limited, like the answer: a process that a malicious file has taken over must not fill the
         # server's memory
         most = len("RGBA") * self._max_pixels
-        images = [
-            _image(image["mode"], image["size"], connection.recv_bytes(most))
-            for image in answer.get("images", ())
-        ]
+        found: dict[str, tuple[Image.Image, ...]] = {}
+        for image in answer.get("images", ())[: len(files) + 1]:  # a mask may be added
+            decoded = _image(image["mode"], image["size"], connection.recv_bytes(most))
+            found[image["name"]] = (*found.get(image["name"], ()), decoded)
         self.usable = True
         if "error" in answer:
             error = answer["error"]
             unsupported = answer["status"] == UnsupportedMediaTypeError.status
             kind = UnsupportedMediaTypeError if unsupported else InvalidRequestError
             raise kind(error["message"], code=error["code"], param=error["param"])
-        image_read, mask_read = images if len(images) == 2 else (images[0], None)
-        return Sources(image_read, mask_read, tuple(answer["warnings"]))
+        return Sources(found, tuple(answer["warnings"]))
 
     def _send_size(self, asked: dict[str, Any], fit: Fit) -> None:
         width, height = asked["size"]
         try:
-            wanted = fit((width, height), asked["masked"])
+            wanted = fit(asked["name"], (width, height), asked["masked"])
         except BaseException:
             self._connection.send_bytes(json.dumps({"size": None}).encode())
             self.usable = True  # it sends no answer

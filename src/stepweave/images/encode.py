@@ -23,7 +23,7 @@ _EXIF_LIMIT = 65_527
 
 def a1111_text(values: dict[str, Any], model: str) -> str:
     """The parameters in the format of the A1111 web UI, which most image tools read."""
-    lines = [values["prompt"]]
+    lines = [values.get("prompt", "")]
     if values.get("negative_prompt"):
         lines.append(f"Negative prompt: {values['negative_prompt']}")
     fields = {
@@ -88,9 +88,18 @@ def encode(
         options["quality"] = quality
     if values is not None:
         options["exif"] = _exif(values, model, output_format)
-    plain = image if image.mode == "RGB" else image.convert("RGB")  # which copies it
-    plain.save(buffer, output_format.upper(), **options)
+    _plain(image, output_format).save(buffer, output_format.upper(), **options)
     return buffer.getvalue()
+
+
+def _plain(image: Image.Image, output_format: OutputFormat) -> Image.Image:
+    """The image in a mode of the format: RGB, on white where it is transparent; in WebP also RGBA.
+    Converting copies it."""
+    if image.mode == "RGB" or (image.mode == "RGBA" and output_format == "webp"):
+        return image
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _exif(values: dict[str, Any], model: str, output_format: OutputFormat) -> Image.Exif:

@@ -29,7 +29,7 @@ def of_alpha(image: Image.Image) -> Image.Image:
     return image.getchannel("A").point(list(range(255, -1, -1)))
 
 
-def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
+def of_mask(image: Image.Image, alpha: Extrema | None, name: str = "mask") -> Image.Image:
     """The mask (mode L) of an uploaded mask in RGB or RGBA; `alpha` are the extrema of its alpha,
     or None. Raises InvalidRequestError for an opaque image in colours."""
     if alpha is not None and _alpha_decides(alpha):
@@ -39,10 +39,10 @@ def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
     share = float((pixels.max(2) - pixels.min(2) > COLOURED).mean())
     if share > COLOURED_SHARE:
         raise InvalidRequestError(
-            f"mask is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is "
+            f"{name} is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is "
             "transparent where the image is to be repainted, or a black and white one, white "
             "there.",
-            param="mask",
+            param=name,
         )
     return colours.convert("L")
 

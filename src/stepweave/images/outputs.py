@@ -12,7 +12,8 @@ from PIL import Image
 
 from stepweave.errors import NoImagesError
 
-IMAGES = ("images", "image")  # names of the member with the images
+# names of the member with the images, in order of preference
+IMAGES = ("images", "image", "rgb", "prediction")
 _FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
 _SAFE = re.compile(r"^(is_)?safe$", re.IGNORECASE)  # with the opposite meaning
 LARGEST = 2**53 - 1  # integers that every JSON client can read
@@ -33,24 +34,58 @@ class Outputs:
 
 
 def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
-    """The images in a pipeline's output. Raises NoImagesError, naming the class `pipeline` and its
-    results, if there are none."""
+    """The images in a pipeline's output, in order; of several for each requested one, such as
+    layers, all of the first come first. Maps of numbers are made images: see `images_of_map`.
+
+    Raises NoImagesError, naming the class `pipeline` and its results, if there are none.
+    """
     images = next(
         (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
     )
     if isinstance(images, Image.Image):
         images = [images]
-    if isinstance(images, (list, tuple)) and all(
-        isinstance(image, Image.Image) for image in images
-    ):
-        return list(images)
+    if isinstance(images, (list, tuple)):
+        flat = [
+            image
+            for entry in images
+            for image in (entry if isinstance(entry, (list, tuple)) else (entry,))
+        ]
+        if all(isinstance(image, Image.Image) for image in flat):
+            return flat
+    if images is not None and len(getattr(images, "shape", ())) == 4:
+        return images_of_map(images)
     members = _members(output).items()
     kinds = [f"{name} ({type(value).__name__})" for name, value in members if value is not None]
     raise NoImagesError(
-        f"{pipeline} makes no images of prompts: it returned "
+        f"{pipeline} makes no images: it returned "
         f"{', '.join(kinds) or type(output).__name__}, "
-        "and no list of images; this server serves text-to-image pipelines only"
+        "and no list of images; this server serves pipelines that make images"
     )
+
+
+def has_parts(output: Any) -> bool:
+    """Whether an output has several images for each requested one: a list of lists, or maps."""
+    images = next(
+        (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
+    )
+    if isinstance(images, (list, tuple)):
+        return any(isinstance(entry, (list, tuple)) for entry in images)
+    return hasattr(images, "shape")
+
+
+def images_of_map(values: Any) -> list[Image.Image]:
+    """Maps of numbers, such as depth, normals or albedo, as images of 8 bits a channel.
+
+    `values` is an array (maps, height, width, channels), or a tensor (maps, channels, height,
+    width). Numbers from 0 to 1 become 0 to 255; where some are negative, as in normals, those from
+    -1 to 1 do.
+    """
+    if callable(detach := getattr(values, "detach", None)):
+        values = detach().cpu().float().permute(0, 2, 3, 1).numpy()
+    if (values < 0).any():
+        values = (values + 1) / 2
+    pixels = (values.clip(0, 1) * 255).round().astype("uint8")
+    return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
 
 
 def outputs_of(output: Any, count: int) -> Outputs:

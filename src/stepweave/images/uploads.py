@@ -6,7 +6,8 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,8 +39,8 @@ _TURNS = {
 _QUARTERS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}  # those that swap the sides
 
 Size = tuple[int, int]
-# maps an image's size, and whether there is a mask, to the size of its edit
-Fit = Callable[[Size, bool], Size]
+# maps an image's name and size, and whether there is a mask, to the size that is wanted of it
+Fit = Callable[[str, Size, bool], Size]
 
 
 class NotWanted(Exception):
@@ -47,7 +48,16 @@ class NotWanted(Exception):
 
 
 @dataclass(frozen=True)
-class _Upload:
+class Upload:
+    """A file, by the name that the request gives it; several may have one name."""
+
+    name: str
+    data: bytes
+    is_mask: bool = False
+
+
+@dataclass(frozen=True)
+class _Decoded:
     """A decoded image in RGB or RGBA, of the wanted size, with properties of the original."""
 
     image: Image.Image
@@ -57,52 +67,88 @@ class _Upload:
 
 
 def read_sources(
-    image: bytes, mask: bytes | None, *, max_pixels: int, fit: Fit | None = None
+    files: Sequence[Upload], *, leading: str, max_pixels: int, fit: Fit | None = None
 ) -> Sources:
-    """Decode the images of an edit: in sRGB, rotated by their EXIF orientation, and scaled to the
-    size that `fit` returns; without `fit` the image keeps its size. A mask is scaled to the image's
-    size. The module `masks` has the rule of what is repainted.
+    """Decode the images of a request: in sRGB, rotated by their EXIF orientation, and scaled to the
+    size that `fit` returns; without `fit` they keep their size. Masks are scaled to the size of the
+    image named `leading`, whose transparency is the mask if there is no other. The module `masks`
+    has the rule of what is repainted.
 
     Raises InvalidRequestError, with the file in `param`, UnsupportedMediaTypeError for another
-    format, and errors of `fit`.
+    format, and errors of `fit`; also if all images together have more than `max_pixels`.
     """
+    counts = Counter(file.name for file in files)
+    masked = any(file.is_mask for file in files)
+    found: dict[str, tuple[Image.Image, ...]] = {}
+    warnings: list[str] = []
+    lead: _Decoded | None = None
+    stencil: Image.Image | None = None
+    left = max_pixels
+    for file in sorted(files, key=lambda file: (file.is_mask, file.name != leading)):
+        place = len(found.get(file.name, ()))
+        label = file.name if counts[file.name] == 1 else f"{file.name}[{place}]"
+        if file.is_mask:
+            found[file.name] = (_mask(file, lead, max_pixels, warnings),)
+            continue
+        leads = lead is None and file.name == leading
 
-    def fitted(size: Size, holes: bool) -> Size:
-        return size if fit is None else fit(size, holes or mask is not None)
+        def fitted(size: Size, holes: bool, name: str = file.name, leads: bool = leads) -> Size:
+            return size if fit is None else fit(name, size, masked or (leads and holes))
 
-    source = _decode(image, "image", max_pixels, fitted)
-    size, flat = source.image.size, _flat(source.image)
-    warnings = [*source.warnings]
-    if size != source.size:
-        warnings.append(f"image: it is {_by(source.size)}, and was scaled to {_by(size)}.")
-    if mask is None:
-        stencil = masks.of_alpha(source.image) if masks.has_holes(source.alpha) else None
-    else:
-        sent = _decode(mask, "mask", max_pixels, lambda own, _: _like(own, source.size, size))
-        stencil = masks.of_mask(sent.image, sent.alpha)
-        warnings += sent.warnings
-        if sent.size != source.size:
+        decoded = _decode(file.data, label, left, fitted)
+        left -= math.prod(decoded.size)
+        warnings += decoded.warnings
+        if decoded.image.size != decoded.size:
             warnings.append(
-                f"mask: it is {_by(sent.size)}, and was scaled to {_by(size)} with the image."
+                f"{label}: it is {_by(decoded.size)}, and was scaled to {_by(decoded.image.size)}."
             )
-    if stencil is not None and not masks.repaints(stencil):
+        if leads:
+            lead = decoded
+            if not masked and masks.has_holes(decoded.alpha):
+                stencil = masks.of_alpha(decoded.image)
+        found[file.name] = (*found.get(file.name, ()), _flat(decoded.image))
+    if stencil is not None:
+        found["mask"] = (stencil,)
+        _warn_of_nothing(stencil, "mask", warnings)
+    return Sources(found, tuple(warnings))
+
+
+def _mask(file: Upload, lead: _Decoded | None, max_pixels: int, warnings: list[str]) -> Image.Image:
+    """A mask, scaled to the size of the image that it is of; of its own without one."""
+
+    def like(own: Size, holes: bool) -> Size:
+        return own if lead is None else _like(own, lead.size, lead.image.size, file.name)
+
+    sent = _decode(file.data, file.name, max_pixels, like, is_mask=True)
+    stencil = masks.of_mask(sent.image, sent.alpha, file.name)
+    warnings += sent.warnings
+    if lead is not None and sent.size != lead.size:
         warnings.append(
-            "mask: nothing is repainted: no pixel is at least half transparent, or else at least "
-            "half white."
+            f"{file.name}: it is {_by(sent.size)}, and was scaled to {_by(lead.image.size)} with "
+            "the image."
         )
-    return Sources(flat, stencil, tuple(warnings))
+    _warn_of_nothing(stencil, file.name, warnings)
+    return stencil
 
 
-def _like(mask: Size, image: Size, wanted: Size) -> Size:
+def _warn_of_nothing(stencil: Image.Image, name: str, warnings: list[str]) -> None:
+    if not masks.repaints(stencil):
+        warnings.append(
+            f"{name}: nothing is repainted: no pixel is at least half transparent, or else at "
+            "least half white."
+        )
+
+
+def _like(mask: Size, image: Size, wanted: Size, name: str) -> Size:
     """The `wanted` size. Raises InvalidRequestError if a mask has not the image's proportions."""
     (width, height), (image_width, image_height) = mask, image
     ratio = (width * image_height) / (height * image_width)
     pixels = min(abs(width - width / ratio), abs(height - height * ratio))
     if pixels > LIKE_PIXELS or abs(math.log(ratio)) > LIKE_RATIO:
         raise InvalidRequestError(
-            f"mask is {_by(mask)} and image {_by(image)}, turned as their EXIF says; they must be "
-            "of one size, or of the same proportions.",
-            param="mask",
+            f"{name} is {_by(mask)} and image {_by(image)}, turned as their EXIF says; they must "
+            "be of one size, or of the same proportions.",
+            param=name,
         )
     return wanted
 
@@ -111,7 +157,14 @@ def _by(size: Size) -> str:
     return "{}x{}".format(*size)
 
 
-def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
+def _decode(
+    data: bytes,
+    param: str,
+    max_pixels: int,
+    fit: Callable[[Size, bool], Size],
+    *,
+    is_mask: bool = False,
+) -> _Decoded:
     """Decode an image as viewers show it, a stereo one's first frame, in the size that `fit`
     returns.
 
@@ -131,7 +184,7 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
                 raise InvalidRequestError(
                     f"{param} has several frames; send a still image.", param=param
                 )
-            return _read(image, param, fit)
+            return _read(image, param, fit, is_mask=is_mask)
     except (RequestError, NotWanted):
         raise
     except MemoryError:
@@ -163,7 +216,9 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
         ) from error
 
 
-def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
+def _read(
+    image: Image.Image, param: str, fit: Callable[[Size, bool], Size], *, is_mask: bool
+) -> _Decoded:
     # scaled first, then rotated, then converted, so that the slow parts have few pixels
     box = None
     if image.format in DRAFTS:  # without transparency, its size can be chosen before decoding
@@ -190,8 +245,8 @@ def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
     if turn is not None:
         pixels = pixels.transpose(turn)
     # the values of a mask are not colours
-    colours, warnings = (unconverted(pixels), []) if param == "mask" else to_srgb(pixels, param)
-    return _Upload(colours, size, alpha, warnings)  # type: ignore[arg-type]
+    colours, warnings = (unconverted(pixels), []) if is_mask else to_srgb(pixels, param)
+    return _Decoded(colours, size, alpha, warnings)  # type: ignore[arg-type]
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:

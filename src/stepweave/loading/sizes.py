@@ -80,6 +80,16 @@ class SizeLimits:
         pixels = min(self.max_pixels, native) if native is not None and larger else self.max_pixels
         return nearest_size(source, self.multiple, self.longest, pixels, self.min_side)
 
+    def like(self, source: tuple[int, int], pixels: int) -> tuple[int, int]:
+        """The allowed size with the proportions of `source`, and about as many `pixels`."""
+        if self.only is not None:
+            return self.only
+        scale = math.sqrt(min(pixels, self.max_pixels) / math.prod(source))
+        wanted = tuple(max(1, round(side * scale)) for side in source)
+        return nearest_size(
+            (wanted[0], wanted[1]), self.multiple, self.longest, self.max_pixels, self.min_side
+        )
+
     @property
     def longest(self) -> int:
         """The longest allowed side; if the model has no limit, that of a narrow image."""

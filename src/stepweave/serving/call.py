@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from stepweave.calls import CallDescription, described
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
@@ -36,17 +37,26 @@ def default_strength(pipeline: Any) -> float | None:
     return float(DEFAULT_STRENGTH if default is None else default)
 
 
-def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> None:
-    """Raise InvalidRequestError if a prompt is empty, has NUL, or over `longest` characters."""
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if text is not None and len(text) > longest:
-            raise InvalidRequestError(
-                f"{name} has {len(text)} characters; the limit is {longest}.", param=name
-            )
-        if text is not None and "\0" in text:
-            raise InvalidRequestError(
-                f"{name} is {shown(text)}; it must not contain the character NUL.", param=name
-            )
+def check_texts(texts: Mapping[str, Any], longest: int) -> None:
+    """Raise InvalidRequestError if a text has NUL, or is over `longest` characters."""
+    for name, text in texts.items():
+        for one in text if isinstance(text, (list, tuple)) else (text,):
+            if not isinstance(one, str):
+                continue
+            if len(one) > longest:
+                raise InvalidRequestError(
+                    f"{name} has {len(one)} characters; the limit is {longest}.", param=name
+                )
+            if "\0" in one:
+                raise InvalidRequestError(
+                    f"{name} is {shown(one)}; it must not contain the character NUL.", param=name
+                )
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Raise InvalidRequestError if a prompt is missing or empty."""
+    if prompt is None:
+        raise InvalidRequestError("prompt is missing.", code="missing_field", param="prompt")
     if not prompt.strip():
         raise InvalidRequestError(
             f"prompt is empty: {shown(prompt)}. Describe the image.", param="prompt"
@@ -83,14 +93,17 @@ def resolve_strength(
 def check_call(pipeline: Any, preset: Preset) -> None:
     """Raise LoadError if the preset sets an argument that the pipeline's call does not have."""
     kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
-    for name in preset.call:
-        if name not in arguments:
-            close = difflib.get_close_matches(name, arguments, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(arguments)}"
-            raise LoadError(
-                f"{preset.source(f'call.{name}')}: call.{name}: {kind} takes no argument {name!r} "
-                f"({hint})"
-            )
+    for member in ("call", "limits"):
+        for name in getattr(preset, member):
+            if name not in arguments:
+                close = difflib.get_close_matches(name, arguments, n=1)
+                hint = (
+                    f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(arguments)}"
+                )
+                raise LoadError(
+                    f"{preset.source(f'{member}.{name}')}: {member}.{name}: {kind} takes no "
+                    f"argument {name!r} ({hint})"
+                )
     if preset.guidance_scale is not None and "guidance_scale" not in arguments:
         raise LoadError(
             f"{preset.source('guidance_scale')}: guidance_scale is {preset.guidance_scale:g}, but "
@@ -127,49 +140,72 @@ def check_defaults(settings: Settings, steps: int, pixels: int) -> None:
             )
 
 
+def default_arguments(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's arguments of the calls of a pipeline. One that is null is left to the pipeline, or
+    is None where the pipeline's default is something else."""
+    found = {}
+    known = described(pipeline).arguments
+    for name, parameter in arguments_of(pipeline).items():
+        if name in call and (call[name] is not None or parameter.default is not None):
+            value = call[name]
+            found[name] = known[name].passed(value) if name in known else value
+    return found
+
+
 def call_arguments(
-    pipeline: Any, always: Mapping[str, Any], parameters: Parameters
+    pipeline: Any, always: Mapping[str, Any], parameters: Parameters, enlargement: int = 1
 ) -> dict[str, Any]:
     """The keyword arguments of a pipeline's call, for n RGB images of height x width; `always` are
-    the preset's, used only if the pipeline takes them."""
-    arguments = arguments_of(pipeline)
+    the preset's, for what the request does not set. The image that the call begins with has a side
+    of 1 / `enlargement` of the result's."""
+    arguments, call = arguments_of(pipeline), described(pipeline)
     # always on the CPU: a seed then gives the same noise on every device
     generators = [
         torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)
     ]
-    optional = {
+    given = {
+        "prompt": parameters.prompt or None,
+        "num_inference_steps": parameters.num_inference_steps,
+        "generator": generators,
+        **({} if call.output_type is None else {"output_type": call.output_type}),
         **{name: getattr(parameters, name) for name in OPTIONAL_ARGUMENTS},
         "width": parameters.width,
         "height": parameters.height,
-        "num_images_per_prompt": parameters.n,
+        **({} if call.count is None else {call.count: parameters.n}),
         "strength": parameters.strength,
-        **_images(parameters),
+        **parameters.arguments,
+        **_images(call, parameters, enlargement),
     }
     return {
-        **{name: value for name, value in always.items() if name in arguments},
-        "prompt": parameters.prompt,
-        "num_inference_steps": parameters.num_inference_steps,
-        "generator": generators,
-        "output_type": "pil",
+        **default_arguments(pipeline, always),
         **{
-            name: value
-            for name, value in optional.items()
+            name: call.arguments[name].passed(value) if name in call.arguments else value
+            for name, value in given.items()
             if value is not None and name in arguments
         },
     }
 
 
-def _images(parameters: Parameters) -> dict[str, Any]:
-    """The arguments with the images of an edit, resized to the requested size."""
-    sources, size = parameters.sources, (parameters.width, parameters.height)
-    if sources is None:
+def _images(call: CallDescription, parameters: Parameters, enlargement: int) -> dict[str, Any]:
+    """The image arguments of a call. The image that has the size of the result, and masks, are
+    resized to the requested size; others, which are references, stay as they are."""
+    if parameters.sources is None:
         return {}
-    image = _resized(sources.image, size)
-    # a copy for each output: with a single one, pipelines use only the first generator, or fail
-    resized: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
-    if sources.mask is not None:
-        resized["mask_image"] = _resized(sources.mask, size)
-    return resized
+    size = parameters.width // enlargement, parameters.height // enlargement
+    found: dict[str, Any] = {}
+    for given, images in parameters.sources.images.items():
+        name = call.name_of(given)
+        if name is None:
+            continue
+        argument = call.images[name]
+        if name == call.scaled or (argument.type == "mask" and call.scaled is not None):
+            images = tuple(_resized(image, size) for image in images)
+        if name == call.scaled and len(images) == 1:
+            # a copy for each output: with a single one, pipelines use only the first generator, or
+            # fail
+            images *= parameters.n
+        found[name] = images[0] if len(images) == 1 else list(images)
+    return found
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

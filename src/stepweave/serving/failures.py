@@ -5,7 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from stepweave.errors import DeadlineExceededError, InvalidRequestError, StepweaveError, duration
+from stepweave.errors import (
+    DeadlineExceededError,
+    ImageCountError,
+    InvalidRequestError,
+    NonFiniteError,
+    StepweaveError,
+    duration,
+    shown,
+)
 from stepweave.parameters import Parameters
 from stepweave.reasons import refusal_of
 
@@ -15,6 +23,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# what a pipeline raises for values of arguments that its own checks do not look at: an index beyond
+# a list, a list of a wrong length, a number that makes the images useless
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ImageCountError,
+    NonFiniteError,
+)
+
 
 def loggable(parameters: Parameters) -> dict[str, Any]:
     """The parameters without prompts, for the log."""
@@ -22,8 +44,12 @@ def loggable(parameters: Parameters) -> dict[str, Any]:
 
 
 def failure_of(error: BaseException, job: Job, parameters: Parameters) -> StepweaveError:
-    """The client's error for an unexpected exception: InvalidRequestError if the pipeline's own
-    checks rejected its arguments, else `generation_failed`. Logs the exception with traceback."""
+    """The client's error for an unexpected exception, logged with its traceback.
+
+    It is InvalidRequestError if the pipeline's own checks rejected its arguments, or if it failed
+    with arguments or images that this request has and the warm-up had not; else
+    `generation_failed`.
+    """
     cause = (error.__cause__ if isinstance(error, StepweaveError) else None) or error
     values, refusal = loggable(parameters), refusal_of(cause)
     if refusal is not None and not job.progress.step:
@@ -34,6 +60,27 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
             exc_info=error,
         )
         return InvalidRequestError(f"The pipeline rejects these values: {refusal}")
+    own = dict(parameters.arguments)
+    if parameters.sources is not None and not job.progress.step:
+        # references, which have a size of their own
+        result = parameters.width, parameters.height
+        own |= {
+            name: " and ".join("{}x{}".format(*image.size) for image in images)
+            for name, images in parameters.sources.images.items()
+            if any(image.size != result for image in images)
+        }
+    if own and isinstance(cause, REFUSALS):
+        names = ", ".join(f"{name}={shown(value)}" for name, value in own.items())
+        logger.warning(
+            "%r, %s: the pipeline failed with values of this request; it fails as invalid_value",
+            job,
+            values,
+            exc_info=error,
+        )
+        return InvalidRequestError(
+            f"The pipeline fails with these values ({type(cause).__name__}): {names}.",
+            param=next(iter(own)),
+        )
     logger.error(
         "%r, %s: failed; the request fails as generation_failed", job, values, exc_info=error
     )

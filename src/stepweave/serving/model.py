@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
+
+from stepweave.calls import CallDescription, RequestFields, WorkLimits, described, fields_of
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
@@ -31,33 +36,37 @@ from stepweave.parameters import (
     Parameters,
     Sources,
 )
-from stepweave.planning.workload import arguments_of, takes
+from stepweave.planning.workload import arguments_of, multiplies_work, takes
 from stepweave.serving.call import (
     call_arguments,
     check_call,
     check_defaults,
-    check_prompts,
+    check_prompt,
     check_size,
+    check_texts,
+    default_arguments,
     default_of,
     default_strength,
     resolve_strength,
 )
+from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from stepweave.serving.names import names_of
+from stepweave.serving.no_effect import warnings_of
 
 logger = logging.getLogger(__name__)
 
 DRAWN_SEED_BITS = 32  # of a seed that the server draws, short enough to copy
 
-TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text_to_image", "image_to_image", "inpainting"
 GUIDANCE = (0.0, 100.0)
 
 
 class ServedModel:
-    """One text-to-image pipeline with its preset, and pipelines of the same modules for edits.
+    """One pipeline with its preset, and pipelines of the same modules for other requests.
 
-    `image_to_image` and `inpaint` are pipelines, or None; `schedulers` are those that requests may
-    name. `settings.preset` has precedence over `preset`. Raises LoadError if the pipeline does not
-    make images from prompts, or does not support a value of a preset.
+    `image_to_image` and `inpaint` are pipelines for requests with an image, or with a mask, too, or
+    None: the model's own if it takes them, else others of its family. `schedulers` are those that
+    requests may name. `settings.preset` has precedence over `preset`. Raises LoadError if the
+    pipeline does not make images, or does not support a value of a preset.
     """
 
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
@@ -66,16 +75,20 @@ class ServedModel:
         self.preset = preset = settings.preset_over(preset)
         check_served(type(pipeline), preset.call)
         self.arguments = arguments_of(pipeline)
-        self.call_arguments = {
-            name: value for name, value in preset.call.items() if value is not None
-        }
         self.names = names_of(settings, preset)
         self.id = self.names.told
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__
         check_call(pipeline, preset)
-        self.image_to_image = edit_pipeline(pipeline, "image_to_image")
-        self.inpaint = edit_pipeline(pipeline, "inpaint")
+        call = described(pipeline)
+        takes_masks = call.mask is not None
+        own_images = call.image in ("image", "images") or call.image in call.needs
+        self.image_to_image = (
+            pipeline
+            if own_images and call.mask not in call.needs
+            else edit_pipeline(pipeline, "image_to_image")
+        )
+        self.inpaint = pipeline if takes_masks else edit_pipeline(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
         self._multiple, native = size_multiple(pipeline), (self.width, self.height)
@@ -83,9 +96,7 @@ class ServedModel:
             self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=native
         )
         check_size(pipeline, preset, native, (width, height), sizes)
-        self.default_steps = (
-            preset.num_inference_steps or default_of(pipeline, "num_inference_steps") or 50
-        )
+        self.default_steps = preset.num_inference_steps or _default_steps(pipeline)
         self.default_guidance: float | None = preset.guidance_scale
         if self.default_guidance is None:
             self.default_guidance = default_of(pipeline, "guidance_scale")
@@ -96,7 +107,8 @@ class ServedModel:
         )
         if given:
             logger.info("preset: %s; other defaults are the pipeline's own", given)
-        like = Course(self.default_steps, None, self._tokens(self.width, self.height))
+        strength = default_strength(pipeline) if call.needs_images else None
+        like = Course(self.default_steps, strength, self._tokens(self.width, self.height))
         rehearsals = Rehearsals.of(pipeline, like, settings.max_steps)
         self.schedulers = rehearsals.schedulers
         self._rehearsals = {id(pipeline): rehearsals}
@@ -109,42 +121,92 @@ class ServedModel:
             kind: Limits(
                 sizes,
                 GUIDANCE,
-                settings.max_images if takes(kind_pipeline, "num_images_per_prompt") else 1,
+                settings.max_images if described(kind_pipeline).count is not None else 1,
                 settings.max_prompt_characters,
             )
-            for kind, kind_pipeline in self._pipelines().items()
+            for kind, kind_pipeline in self.pipelines().items()
         }
+        # of results: how many times as long as those of the image that the call begins with
+        self._enlargements: dict[str, int] = {}
+        self._several: dict[str, frozenset[str]] = {}  # images of which a pipeline takes several
+        self.fields = self._fields()
 
-    def _pipelines(self) -> dict[str, Any]:
-        """The pipeline of each kind of request that the model supports."""
+    def pipelines(self) -> dict[str, Any]:
+        """The pipeline of each kind of request that the model supports, the first its main one."""
+        needs = described(self.pipeline).needs_images
         kinds = {
-            TEXT_TO_IMAGE: self.pipeline,
+            TEXT_TO_IMAGE: None if needs else self.pipeline,
             IMAGE_TO_IMAGE: self.image_to_image,
             INPAINTING: self.inpaint,
         }
-        return {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
+        found = {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
+        return dict(sorted(found.items(), key=lambda item: item[1] is not self.pipeline))
+
+    def _fields(self) -> RequestFields:
+        settings, config = self.settings, getattr(self.pipeline, "scheduler", None)
+        denoiser = getattr(self.pipeline, "transformer", None) or getattr(
+            self.pipeline, "unet", None
+        )
+        classes = (
+            getattr(getattr(denoiser, "config", None), name, None)
+            for name in ("num_embeds_ada_norm", "num_class_embeds")
+        )
+        limits = WorkLimits(
+            settings.max_steps,
+            settings.max_images,
+            self._limits[self.kind].sizes.longest,
+            settings.max_pixels,
+            settings.max_prompt_characters,
+            getattr(config, "config", {}).get("num_train_timesteps") or 1000,
+            next((number for number in classes if isinstance(number, int)), None),
+        )
+        descriptions = dict.fromkeys(map(described, self.pipelines().values()))
+        several = {
+            name
+            for pipeline in self.pipelines().values()
+            for name in ("image", *described(pipeline).images)
+            if described(pipeline).name_of(name) in self._several.get(type(pipeline).__name__, ())
+        }
+        return fields_of(descriptions, self.preset.call, self.preset.limits, limits, several)
 
     @property
     def pipeline_class(self) -> str:
         return type(self.pipeline).__name__
 
     @property
+    def kind(self) -> str:
+        """The kind of request that the model is made for."""
+        return next(iter(self.pipelines()))
+
+    @property
+    def needs_images(self) -> tuple[str, ...]:
+        """The images, by the requests' names, that requests of the main kind must have."""
+        call = described(self.pipeline)
+        named = {call.image: "image", call.mask: "mask"}
+        return tuple(named.get(name, name) for name in call.needs_images)
+
+    @property
     def limits(self) -> Limits:
-        """The limits of text-to-image requests."""
-        return self._limits[TEXT_TO_IMAGE]
+        """The limits of requests of the model's main kind."""
+        return self._limits[self.kind]
 
     @property
     def limits_of_edits(self) -> dict[str, Limits]:
         """The limits of each of `edits`."""
         return {name: self._limits[name] for name in self.edits}
 
-    def limits_for(self, sources: Sources | None) -> Limits:
-        """The limits of requests with such sources."""
-        return self._limits[_kind(sources)]
+    def limits_of(self, kind: str) -> Limits:
+        """The limits of requests of a kind."""
+        return self._limits[kind]
 
-    def keep_to(self, sources: Sources | None, limits: Limits) -> None:
-        """Set the limits of requests with such sources."""
-        self._limits[_kind(sources)] = limits
+    def keep_to(self, kind: str, limits: Limits) -> None:
+        """Set the limits of requests of a kind."""
+        self._limits[kind] = limits
+
+    def drop(self, kind: str) -> None:
+        """Stop offering edits of a kind."""
+        setattr(self, {IMAGE_TO_IMAGE: "image_to_image", INPAINTING: "inpaint"}[kind], None)
+        self.fields = self._fields()
 
     def drop_scheduler(self, name: str) -> None:
         """Stop offering a scheduler, for edits too."""
@@ -159,7 +221,8 @@ class ServedModel:
     @property
     def edits(self) -> tuple[str, ...]:
         """The supported edits: `image_to_image`, `inpainting`."""
-        return tuple(kind for kind in self._pipelines() if kind != TEXT_TO_IMAGE)
+        kinds = self.pipelines()
+        return tuple(kind for kind in (IMAGE_TO_IMAGE, INPAINTING) if kind in kinds)
 
     def resolve(
         self,
@@ -177,32 +240,31 @@ class ServedModel:
         Without `rehearse`, the caller must call `check_steps`.
         """
         pipeline = self.pipeline_for(sources)
-        limits, arguments = self.limits_for(sources), arguments_of(pipeline)
-        check_prompts(request.prompt, request.negative_prompt, limits.prompt_characters)
+        call, limits = described(pipeline), self._limits[_kind(sources)]
+        if "prompt" in call.takes:
+            check_prompt(request.prompt)
         if n > limits.images:
             raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
+        given = self._resolve_arguments(request.arguments(), pipeline, n, limits)
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **given}
+        check_texts(texts, limits.prompt_characters)
         seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
         if seed + n - 1 > MAX_SEED:
             raise InvalidRequestError(
                 f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.",
                 param="seed",
             )
-        width, height = self._size(
-            request.size, limits, None if sources is None else sources.image.size
-        )
-        steps = request.num_inference_steps or self.default_steps
-        if steps > self.settings.max_steps:
-            raise InvalidRequestError(
-                f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
-                param="num_inference_steps",
-            )
+        leading = None if sources is None else _leading(call, sources).size
+        width, height = self._size(request.size, _kind(sources), leading)
+        steps = self._resolve_steps(request.num_inference_steps, call, given)
         for name in OPTIONAL_ARGUMENTS:
             value = getattr(request, name)
-            if value is not None and name not in arguments:
-                kind = type(pipeline).__name__
+            if value is not None and name not in call.takes:
                 raise InvalidRequestError(
-                    f"{name} is {shown(value)}, but {kind} has no {name}.", param=name
+                    f"{name} is {shown(value)}, but {call.pipeline} has no {name}.", param=name
                 )
+        passed = {name: getattr(request, name) for name in PASSED}
+        passed["prompt"] = (request.prompt or "") if "prompt" in call.takes else ""
         parameters = Parameters(
             width=width,
             height=height,
@@ -213,54 +275,237 @@ class ServedModel:
             scheduler=self._resolve_scheduler(request.scheduler, pipeline),
             strength=resolve_strength(strength, steps, pipeline, sources),
             sources=sources,
-            **{name: getattr(request, name) for name in PASSED},
+            arguments=given,
+            **passed,
         )
         if rehearse:
             self.check_steps(parameters)
         return parameters
 
+    def _resolve_arguments(
+        self, given: Mapping[str, Any], pipeline: Any, n: int, limits: Limits
+    ) -> dict[str, Any]:
+        """Check further arguments for the pipeline of a request. Raises InvalidRequestError for one
+        that it does not take, one that is missing, and more work than `n` images may be."""
+        call = described(pipeline)
+        work = float(n)
+        for name, value in given.items():
+            if name not in call.arguments:
+                raise InvalidRequestError(
+                    f"{name} is {shown(value)}, but {call.pipeline} has no {name}.", param=name
+                )
+            if multiplies_work(name) and isinstance(value, int):
+                usual = self.preset.call.get(name) or call.arguments[name].default or 1
+                work *= max(1.0, value / usual)
+        if n > 1 and work > limits.images:
+            raise InvalidRequestError(
+                f"n is {n}; with the other values, which multiply the work of an image, it is as "
+                f"much as that of {math.ceil(work)} images; the limit is {limits.images}.",
+                param="n",
+            )
+        for name in call.needs:
+            if name in call.arguments and name not in given and not self.preset.call.get(name):
+                raise InvalidRequestError(
+                    f"{name} is missing: {call.pipeline} needs it.",
+                    code="missing_field",
+                    param=name,
+                )
+        return dict(given)
+
+    def _resolve_steps(
+        self, asked: int | None, call: CallDescription, given: Mapping[str, Any]
+    ) -> int:
+        """The number of steps: as many as a request's own timesteps or sigmas, if it has any; of a
+        pipeline with a number for each of its stages, their sum. Raises InvalidRequestError."""
+        if "num_inference_steps" not in call.takes:
+            if asked is not None:
+                names = ", ".join(call.steps) or "none"
+                raise InvalidRequestError(
+                    f"num_inference_steps is {asked}, but {call.pipeline} has no such argument; "
+                    f"its numbers of steps are: {names}.",
+                    param="num_inference_steps",
+                )
+            usual = default_arguments(self.pipeline, self.preset.call)
+            return sum(
+                given.get(name) or usual.get(name) or call.arguments[name].default or 1
+                for name in call.steps
+            )
+        own = next((name for name in ("sigmas", "timesteps") if given.get(name)), None)
+        if own is not None:
+            steps = len(given[own])
+            if asked not in (None, steps):
+                raise InvalidRequestError(
+                    f"num_inference_steps is {asked}, and {own} has {steps} elements; leave one "
+                    "of them out, or let them agree.",
+                    param="num_inference_steps",
+                )
+            return steps
+        steps = asked or self.default_steps
+        if steps > self.settings.max_steps:
+            raise InvalidRequestError(
+                f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
+                param="num_inference_steps",
+            )
+        return steps
+
     def size_of_edit(
         self, source: tuple[int, int], size: str | None, *, masked: bool
     ) -> tuple[int, int]:
-        """Width and height of an edit: `size`, else the allowed size nearest to `source`. Raises
-        InvalidRequestError if the size or the kind of edit is not supported."""
-        self._pipeline_of_edits(masked=masked)
-        return self._size(size, self._limits[INPAINTING if masked else IMAGE_TO_IMAGE], source)
+        """Width and height of the image of an edit that has the size of the result, or of a
+        reference: `source` itself, unless it is larger than results may be. `size` is that of the
+        result; without it, it is the allowed size nearest to `source`. Raises InvalidRequestError
+        if the size or the kind of edit is not supported."""
+        kind = INPAINTING if masked else IMAGE_TO_IMAGE
+        pipeline = self._pipeline_of_edits(masked=masked)
+        if described(pipeline).scaled is None:
+            return self.size_of_reference(source)
+        return self.size_of_image(kind, self._size(size, kind, source))
 
-    def _size(
-        self, size: str | None, limits: Limits, source: tuple[int, int] | None
-    ) -> tuple[int, int]:
+    def size_of_reference(self, source: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of an image that the pipeline scales itself: its own, or, if it has more
+        than `STEPWEAVE_MAX_PIXELS` pixels, as many."""
+        scale = math.sqrt(self.settings.max_pixels / math.prod(source))
+        if scale >= 1:
+            return source
+        width, height = source
+        return max(1, int(width * scale)), max(1, int(height * scale))
+
+    def _size(self, size: str | None, kind: str, source: tuple[int, int] | None) -> tuple[int, int]:
+        """Width and height of a result: `size`; else, of references, the model's own number of
+        pixels in the proportions of the first; else the allowed size nearest to that of the image
+        that it begins with."""
+        limits = self._limits[kind]
         if size is not None and size != "auto":
             return limits.sizes.read(size)
         native = self.width, self.height
-        return native if source is None else limits.sizes.of_edit(source, native[0] * native[1])
+        if source is None:
+            return native
+        if described(self.pipelines()[kind]).scaled is None:
+            return limits.sizes.like(source, native[0] * native[1])
+        enlargement = self._enlargements.get(kind, 1)
+        enlarged = source[0] * enlargement, source[1] * enlargement
+        return limits.sizes.of_edit(enlarged, native[0] * native[1])
 
     def _pipeline_of_edits(self, *, masked: bool) -> Any:
         param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)
-        if pipeline is None:
-            kind = "inpainting" if masked else "image-to-image"
-            why = "mask is set, or image has transparency" if masked else "image is set"
+        if pipeline is not None:
+            return pipeline
+        if not masked and self.inpaint is self.pipeline:
             raise InvalidRequestError(
-                f"{why}, but {self.pipeline_class} does not support {kind}.",
-                param=param,
-                code="unsupported",
+                f"mask is missing: {self.pipeline_class} repaints the part of an image that a mask "
+                "shows. Send one, or an image that is transparent there.",
+                param="mask",
+                code="missing_field",
             )
-        return pipeline
+        kind = "inpainting" if masked else "image-to-image"
+        why = "mask is set, or image has transparency" if masked else "image is set"
+        raise InvalidRequestError(
+            f"{why}, but {self.pipeline_class} does not support {kind}.",
+            param=param,
+            code="unsupported",
+        )
 
     def pipeline_for(self, sources: Sources | None) -> Any:
         """The pipeline for a request with such sources. Raises InvalidRequestError if the model
-        does not support the edit, or mask and image differ in size."""
+        does not support it, an image is missing, or mask and image differ in size."""
         if sources is None:
-            return self.pipeline
+            if TEXT_TO_IMAGE in self.pipelines():
+                return self.pipeline
+            raise self._missing(described(self.pipeline), ())
         pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
-        if sources.mask is not None and sources.mask.size != sources.image.size:
-            (width, height), (other_width, other_height) = sources.mask.size, sources.image.size
-            raise InvalidRequestError(
-                f"mask is {width}x{height} and image {other_width}x{other_height}; they must have "
-                f"the same size.",
-                param="mask",
-            )
+        call = described(pipeline)
+        self._check_images(call, sources)
+        if sources.mask is not None and call.scaled is not None:
+            size, other = sources.mask.size, _leading(call, sources).size
+            if size != other:
+                (width, height), (other_width, other_height) = size, other
+                raise InvalidRequestError(
+                    f"mask is {width}x{height} and image {other_width}x{other_height}; they must "
+                    f"have the same size.",
+                    param="mask",
+                )
         return pipeline
+
+    def _check_images(self, call: CallDescription, sources: Sources) -> None:
+        named: dict[str, str] = {}
+        for given, images in sources.images.items():
+            name = call.name_of(given)
+            if name is None:
+                raise InvalidRequestError(
+                    f"{given} is set, but {call.pipeline} has no {given}; its images are "
+                    f"{', '.join(call.images)}.",
+                    param=given,
+                )
+            if name in named:
+                raise InvalidRequestError(
+                    f"{named[name]} and {given} are both set; they mean the same.", param=given
+                )
+            named[name] = given
+            if len(images) > 1 and name not in self._several.get(call.pipeline, ()):
+                raise InvalidRequestError(
+                    f"{given} is given {len(images)} times; {call.pipeline} takes one.",
+                    param=given,
+                )
+        if any(name not in named for name in call.needs_images):
+            raise self._missing(call, named)
+
+    def _missing(self, call: CallDescription, given: Collection[str]) -> InvalidRequestError:
+        missing = [name for name in call.needs_images if name not in given]
+        verb = "is" if len(missing) == 1 else "are"
+        return InvalidRequestError(
+            f"{' and '.join(missing)} {verb} missing: {call.pipeline} makes images from "
+            f"{', '.join(call.needs_images)}. Send them to /v1/images/edits as files, or as data "
+            "URLs.",
+            code="missing_field",
+            param="image" if missing[0] == call.image else missing[0],
+        )
+
+    def check_counts(self, counts: Mapping[str, int]) -> None:
+        """Raise InvalidRequestError for more images of one name than any pipeline takes."""
+        for given, count in counts.items():
+            if count > 1 and not any(
+                described(pipeline).name_of(given) in self._several.get(type(pipeline).__name__, ())
+                for pipeline in self.pipelines().values()
+            ):
+                raise InvalidRequestError(
+                    f"{given} is given {count} times; {self.pipeline_class} takes one.",
+                    param=given,
+                )
+
+    def leading(self, given: Collection[str]) -> str:
+        """Which of the images of a request decides about the size of its result."""
+        for pipeline in self.pipelines().values():
+            call = described(pipeline)
+            for name in given:
+                if call.scaled is not None and call.name_of(name) == call.scaled:
+                    return name
+        return "image" if "image" in given else next(iter(given))
+
+    def takes_several(self, pipeline: Any, name: str) -> None:
+        """Note that a pipeline takes several images of that name."""
+        kind = type(pipeline).__name__
+        self._several[kind] = self._several.get(kind, frozenset()) | {name}
+        self.fields = self._fields()
+
+    def size_of_image(self, kind: str, size: tuple[int, int]) -> tuple[int, int]:
+        """The size of the image that a result of this size begins with."""
+        enlargement = self._enlargements.get(kind, 1)
+        return size[0] // enlargement, size[1] // enlargement
+
+    def makes_only(self, size: tuple[int, int]) -> None:
+        """Note that all results have this size, whatever is asked for."""
+        self.width, self.height = size
+        for kind, limits in self._limits.items():
+            self._limits[kind] = replace(limits, sizes=replace(limits.sizes, only=size))
+
+    def enlarges(self, kind: str, times: int) -> None:
+        """Note that results of a kind of request have sides `times` as long as their image's."""
+        self._enlargements[kind] = times
+        limits = self._limits[kind]
+        sizes = replace(limits.sizes, multiple=limits.sizes.multiple * times, native=None)
+        self._limits[kind] = replace(limits, sizes=sizes)
+        if kind == self.kind:
+            self.width, self.height = self.width * times, self.height * times
 
     def _resolve_scheduler(self, name: str | None, pipeline: Any) -> str | None:
         """The scheduler's name; None if it is the pipeline's own. Raises InvalidRequestError."""
@@ -290,6 +535,10 @@ class ServedModel:
     def _tokens(self, width: int, height: int) -> int:
         return (width // self._multiple) * (height // self._multiple)
 
+    def _own_times(self, parameters: Parameters) -> bool:
+        """Whether a request has timesteps of its own, which no rehearsal tells about."""
+        return any(parameters.arguments.get(name) for name in ("sigmas", "timesteps"))
+
     def _course(self, parameters: Parameters) -> Course:
         tokens = self._tokens(parameters.width, parameters.height)
         return Course(parameters.num_inference_steps, parameters.strength, tokens)
@@ -299,11 +548,17 @@ class ServedModel:
 
     def knows_steps(self, parameters: Parameters) -> bool:
         """Whether `check_steps` is immediate; otherwise it takes some 0.1 ms a step."""
+        if self._own_times(parameters):
+            return True
         course = self._course(parameters)
         return self._rehearsals_for(parameters).knows(parameters.scheduler, course)
 
     def runs(self, parameters: Parameters) -> bool:
         """Whether the scheduler runs with this number of steps, in a rehearsal."""
+        if self._own_times(parameters) or not takes(
+            self.pipeline_for(parameters.sources), "num_inference_steps"
+        ):
+            return True
         return self._rehearsals_for(parameters).runs(parameters.scheduler, self._course(parameters))
 
     @property
@@ -331,22 +586,25 @@ class ServedModel:
             param="num_inference_steps",
         )
 
+    def warnings_of(self, request: ImageRequest, parameters: Parameters) -> list[str]:
+        """Warnings about values of a request that have no effect."""
+        pipeline = self.pipeline_for(parameters.sources)
+        return list(warnings_of(pipeline, self.preset.call, parameters, request.prompt))
+
     def latent_positions(self, width: int, height: int) -> int:
         """Latent positions of an image of `width` x `height` pixels, before packing or patching."""
         return latent_positions(self.pipeline, width, height)
 
     def drop_edits(self, engine: StepEngine) -> None:
         """Stop offering edits that the engine cannot run; call it before serving."""
-        for name in ("image_to_image", "inpaint"):
-            pipeline = getattr(self, name)
-            if pipeline is not None and not engine.takes(pipeline):
-                kind = type(pipeline).__name__
+        for kind, pipeline in self.pipelines().items():
+            if not engine.takes(pipeline):
                 logger.warning(
                     "%s is not offered: STEPWEAVE_BATCHING=%s does not support it",
-                    kind,
+                    type(pipeline).__name__,
                     engine.mode,
                 )
-                setattr(self, name, None)
+                self.drop(kind)
 
     def half_size(self) -> tuple[int, int] | None:
         """Half the native width and height, in allowed multiples; None if that is too small."""
@@ -362,7 +620,21 @@ class ServedModel:
         chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
         if parameters.scheduler is not None:
             chosen["scheduler"] = self.schedulers[parameters.scheduler]
-        return {**chosen, **call_arguments(pipeline, self.call_arguments, parameters)}
+        enlargement = self._enlargements.get(_kind(parameters.sources), 1)
+        return {**chosen, **call_arguments(pipeline, self.preset.call, parameters, enlargement)}
+
+
+def _leading(call: CallDescription, sources: Sources) -> Image.Image:
+    """The image that decides about the size of a result."""
+    named = {call.name_of(given): images[0] for given, images in sources.images.items()}
+    return named.get(call.scaled, sources.image)
+
+
+def _default_steps(pipeline: Any) -> int:
+    """The pipeline's own number of steps: of its call, or of its configuration."""
+    own = default_of(pipeline, "num_inference_steps")
+    config = getattr(pipeline, "config", {})
+    return int(own or config.get("default_denoising_steps") or 50)
 
 
 def _kind(sources: Sources | None) -> str:

@@ -379,6 +379,8 @@ class ActiveRequest:
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop is closing
             return RequestCancelledError()
+        if isinstance(error, (NonFiniteError, ImageCountError)) and self.parameters.arguments:
+            return failure_of(error, self.job, self.parameters)
         if isinstance(error, NonFiniteError):
             logger.warning(
                 "%r, %s: the result has NaN or infinite values; the request fails as non_finite",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stepweave.errors import ContentFlaggedError, ImageCountError
 from stepweave.images.encode import encode
-from stepweave.images.outputs import images_of, is_constant, outputs_of
+from stepweave.images.outputs import has_parts, images_of, is_constant, outputs_of
 from stepweave.parameters import (
     GeneratedImages,
     ImageFile,
@@ -36,11 +36,15 @@ class Results:
         self.parameters = parameters
         self.warnings: list[str] = []
         self._means = means
+        self._each = 1  # images for each requested one
 
     def of(self, output: Any, job: Job) -> GeneratedImages:
         """The images in a job's output. Raises ContentFlaggedError and ImageCountError."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
-        if (count := len(images)) != parameters.n:
+        count = len(images)
+        # some make several for each, as a stack of layers
+        self._each, left = divmod(count, parameters.n)
+        if left or (self._each > 1 and not has_parts(output)):
             raise ImageCountError(
                 f"The pipeline made {count} images; {parameters.n} were requested."
             )
@@ -67,7 +71,7 @@ class Results:
         began = time.monotonic()
         request, model = self.request, self._means.model
         values = [
-            {**generation.parameters.of_image(i), "size": "{}x{}".format(*image.size)}
+            {**generation.parameters.of_image(i // self._each), "size": "{}x{}".format(*image.size)}
             for i, image in enumerate(generation.images)
         ]
         encoded = await asyncio.gather(
@@ -119,7 +123,13 @@ def usage_of(
     positions of an image from its width and height in pixels.
     """
     parameters, images = generation.parameters, generation.images
-    source = 0 if parameters.sources is None else positions(parameters.width, parameters.height)
+    sources = () if parameters.sources is None else parameters.sources.images.items()
+    source = sum(
+        positions(*image.size)
+        for name, several in sources
+        for image in several
+        if image.mode != "L"
+    )
     made = sum(positions(*image.size) for image in images)
     return Usage(
         input_tokens=tokens + source,

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from stepweave.calls import NONE, RequestFields
 from stepweave.errors import NoImagesError
 from stepweave.images.encode import check_file
 from stepweave.parameters import Parameters
@@ -53,6 +54,11 @@ class Server(Lifecycle):
         ):
             raise self.unavailable()
         return self.model, self.engine
+
+    @property
+    def fields(self) -> RequestFields:
+        """What requests to the model may have beside the fields of every model."""
+        return NONE if self.model is None else self.model.fields
 
     def named(self, model: str, *, param: str | None = None) -> ServedModel:
         """The model. Raises NotFoundError about `param` for another name, and UnavailableError."""
@@ -142,7 +148,11 @@ class Server(Lifecycle):
             answer_seconds=self.settings.stuck_seconds,
             refuse_flagged=self.settings.flagged_images == "refuse",
         )
-        warnings = [*submission.warnings, *(() if sources is None else sources.warnings)]
+        warnings = [
+            *submission.warnings,
+            *(() if sources is None else sources.warnings),
+            *served.warnings_of(request, parameters),
+        ]
         active = ActiveRequest(submission, parameters, means, warnings)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
         arguments: dict[str, Any] = {**call, "reproducible": parameters.reproducible}

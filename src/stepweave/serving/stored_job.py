@@ -55,12 +55,14 @@ class StoredJob:
         # records of older servers do not have it
         flagged = response.pop(FLAGGED, [False] * len(record.files))
         output_format = record.request["parameters"]["output_format"]
+        # a pipeline may make several for each requested one, as a stack of layers
+        each = max(1, len(record.files) // record.request["parameters"].get("n", 1))
         files = []
         for i, name in enumerate(record.files):
             file = await self._files.get(name)
             if file is None:
                 raise NotFoundError(f"The images of job {self.id} have expired.", code="expired")
-            seed = record.request["values"]["seed"] + i
+            seed = record.request["values"]["seed"] + i // each
             values = {**record.request["values"], "seed": seed}
             files.append(ImageFile(file.data, seed, values, output_format, name, flagged[i]))
         try:

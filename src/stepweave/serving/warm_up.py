@@ -6,15 +6,15 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import diffusers
 import torch
 import transformers
 from PIL import Image
 
+from stepweave.calls import Argument, described
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.errors import (
     DeviceFailedError,
@@ -29,6 +29,7 @@ from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import takes
 from stepweave.reasons import reason_of
+from stepweave.serving.kinds import INPAINTING, TEXT_TO_IMAGE
 from stepweave.serving.model import ServedModel
 from stepweave.telemetry.stages import enter_stage
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 STEPS = 2
 STRENGTH = 0.5
 SCHEDULER_STEPS = 5  # of the trial of each scheduler that runs with them
+LEAST_REFERENCE = 64  # pixels a side
 FEW = 4  # jobs, two of which have the same number of steps: enough for a certificate
 DENSE = "7\u753b"  # characters of at least one token each
 # after which trials end; limits not tried are those of the model's configuration
@@ -48,10 +50,11 @@ def warm_up(model: ServedModel, engine: StepEngine) -> None:
     """Run short jobs, so that the first requests are fast and find their calls certified.
 
     First one job of the native size alone; then, together, as many as fill the largest batch, a few
-    of half the width and height, and a few edits of each kind; then single jobs at the model's
-    limits; then growing numbers of jobs for the cost model. They differ in prompt, seed, steps and
-    guidance, as requests do. Certification does not depend on the machine's speed: only trials and
-    the last part have time limits.
+    of half the width and height, and a few requests of each other kind; then single jobs at the
+    model's limits; then growing numbers of jobs for the cost model. They differ in prompt, seed,
+    steps, guidance and images, as requests do. Images are made up where a pipeline needs them.
+    Certification does not depend on the machine's speed: only trials and the last part have time
+    limits.
 
     Edits and values that fail are not offered. Raises LoadError if images of the native size fail.
     """
@@ -70,9 +73,11 @@ class WarmUp:
     def run(self) -> None:
         settings, engine, native = self._model.settings, self._engine, self._native
         most = 1 if engine.mode in ("off", "threads") else max(FEW, -(-settings.max_rows // 2))
-        few, half = min(most, FEW), self._model.half_size()
+        few = min(most, FEW)
         with engine.in_lockstep():
             [alone] = self.run_together(native, 1)
+            self._native = native = self._measure(alone)
+            half = self._model.half_size()
             engine.forget_encodings()  # so that text encoders run again, too
             enter_stage("certifying")
             together = self.run_together(native, most)
@@ -97,21 +102,68 @@ class WarmUp:
         enter_stage("profiling")
         self._profile(half, most)
 
+    def _measure(self, image: Any) -> Size:
+        """Adopt the size of the model's first image, if it is another one than was asked for: some
+        pipelines enlarge the image that they are given, others make one size only."""
+        model, native = self._model, self._native
+        if not isinstance(image, Image.Image) or image.size == native:
+            return native
+        call = described(model.pipeline)
+        if {"width", "height"} <= call.takes:
+            return native  # the trials find out about it
+        times, rest = divmod(image.width, native[0])
+        if call.scaled is not None and not rest and image.height == times * native[1]:
+            model.enlarges(model.kind, times)
+        else:
+            model.makes_only(image.size)
+        return model.width, model.height
+
     def _edits(self, count: int) -> None:
-        """Run edits of each kind, and stop offering those that fail."""
-        for name, mask in (("image_to_image", None), ("inpaint", _mask(self._native))):
-            pipeline = getattr(self._model, name)
-            if pipeline is None:
+        """Run requests of each further kind, and stop offering those that fail. Find out of which
+        images a pipeline takes several."""
+        for kind, pipeline in self._model.pipelines().items():
+            if kind != self._model.kind:
+                try:
+                    self.run_together(self._native, count, kind)
+                except (RequestError, NonFiniteError):
+                    raise
+                except Exception as error:
+                    logger.warning(
+                        "warm-up: %s fails (%s); it is not offered", type(pipeline).__name__, error
+                    )
+                    self._model.drop(kind)
+                    continue
+            self._try_several(kind, pipeline)
+
+    def _try_several(self, kind: str, pipeline: Any) -> None:
+        """Run a job with two images in place of one, where the call's annotation allows a list that
+        is not a batch. The pipeline takes several if it makes one image of both."""
+        call = described(pipeline)
+        sources = self._sources(kind, self._native)
+        for name in (name for name, argument in call.images.items() if argument.several):
+            given = "image" if name == call.image else name
+            if sources is None or name == call.scaled or given not in sources.images:
                 continue
-            try:
-                self.run_together(self._native, count, edits=True, mask=mask)
-            except (RequestError, NonFiniteError):
-                raise
-            except Exception as error:
-                logger.warning(
-                    "warm-up: %s fails (%s); it is not offered", type(pipeline).__name__, error
-                )
-                setattr(self._model, name, None)
+            two = (*sources.images[given], _image(self._native, 90))
+            several = replace(sources, images={**sources.images, given: two})
+            results = [
+                self._made(replace(self._parameters(self._native, kind), sources=one))
+                for one in (sources, several)
+            ]
+            one, both = results
+            if one and both and len(both) == 1 and one[0].tobytes() != both[0].tobytes():
+                self._model.takes_several(pipeline, name)
+
+    def _made(self, parameters: Parameters) -> list[Image.Image] | None:
+        """The images of a job; None if it fails for its parameters."""
+        try:
+            output = self._engine.submit(**self._model.call(parameters)).result()
+            return self._images(output)
+        except (RequestError, DeviceFailedError):
+            raise
+        except Exception as error:
+            logger.info("warm-up: several images are not taken (%s)", reason_of(error))
+            return None
 
     def trials(self) -> None:
         """Try the limits, and narrow those that fail. Raises LoadError if the native size fails."""
@@ -121,13 +173,12 @@ class WarmUp:
         for log in logs:
             log.set_verbosity_error()  # no warnings about truncated prompts
         try:
-            for sources in self._kinds_of_sources():
-                name = type(model.pipeline_for(sources)).__name__
-                attempt = functools.partial(self._attempt, sources=sources)
-                like = None if sources is None else model.limits
-                limits, guidance = model.limits_for(sources), model.default_guidance
-                limits = narrowed(limits, self._native, guidance, attempt, name, like)
-                model.keep_to(sources, limits)
+            for kind, pipeline in model.pipelines().items():
+                attempt = functools.partial(self._attempt, kind=kind)
+                like = None if kind == model.kind else model.limits
+                limits, guidance = model.limits_of(kind), model.default_guidance
+                name = type(pipeline).__name__
+                model.keep_to(kind, narrowed(limits, self._native, guidance, attempt, name, like))
             self._schedulers()
         finally:
             for log, verbosity in zip(logs, verbosities, strict=True):
@@ -144,7 +195,7 @@ class WarmUp:
         model = self._model
         sizes = model.limits.sizes
         small = self._native if sizes.only is not None else (sizes.min_side, sizes.min_side)
-        usual = self._parameters(small)
+        usual = self._parameters(small, model.kind)
         for name in (None, *(name for name in model.schedulers if name != model.scheduler)):
             for steps in (1,) if name is None else (SCHEDULER_STEPS, 1):
                 parameters = replace(usual, num_inference_steps=steps, scheduler=name)
@@ -160,18 +211,33 @@ class WarmUp:
                     model.drop_scheduler(name)
                     break
 
-    def _kinds_of_sources(self) -> Iterator[Sources | None]:
-        yield None
-        if self._model.image_to_image is not None:
-            yield Sources(_image(self._native))
-        if self._model.inpaint is not None:
-            yield Sources(_image(self._native), _mask(self._native))
+    def _sources(self, kind: str, size: Size, index: int = 0) -> Sources | None:
+        """Made-up images for a request of a kind whose result has this size."""
+        if kind == TEXT_TO_IMAGE:
+            return None
+        model = self._model
+        call = described(model.pipelines()[kind])
+        names = {*call.needs_images, call.image, *((call.mask,) if kind == INPAINTING else ())}
+        images = {}
+        for name in sorted(name for name in names if name is not None):
+            mask = call.images[name].type == "mask"
+            leads = name == call.scaled or (mask and call.scaled is not None)
+            # some pipelines refuse references that are smaller
+            fit = (
+                model.size_of_image(kind, size)
+                if leads
+                else (max(size[0], LEAST_REFERENCE), max(size[1], LEAST_REFERENCE))
+            )
+            made = _mask(fit) if mask else _image(fit, 90 * index)
+            given = {call.image: "image", call.mask: "mask"}.get(name, name)
+            images[given] = (made,)
+        return Sources(images)
 
     def _attempt(
         self,
         size: Size,
         *,
-        sources: Sources | None,
+        kind: str,
         images: int = 1,
         guidance: float | None = None,
         characters: int | None = None,
@@ -180,8 +246,8 @@ class WarmUp:
         tell. Raises LoadError if the device fails, and RequestError if the engine was closed."""
         if time.monotonic() > self._until:
             return None
-        parameters = self._parameters(size, sources)
-        if characters is not None:
+        parameters = self._parameters(size, kind)
+        if characters is not None and parameters.prompt:
             prompt = (parameters.prompt + DENSE * characters)[:characters]
             parameters = replace(parameters, prompt=prompt)
         if guidance is not None:
@@ -189,23 +255,30 @@ class WarmUp:
         return self._run(replace(parameters, n=images))
 
     def _parameters(
-        self, size: Size, sources: Sources | None = None, index: int = 0, prompt: str = "to warm up"
+        self, size: Size, kind: str, index: int = 0, prompt: str = "to warm up"
     ) -> Parameters:
-        guidance = self._model.default_guidance
+        model = self._model
+        guidance = model.default_guidance
         if guidance is not None and index % 4 == 3:
             guidance = guidance * 1.5
-        strong = sources is not None and takes(self._model.pipeline_for(sources), "strength")
+        pipeline = model.pipelines()[kind]
+        call = described(pipeline)
+        strong = kind != TEXT_TO_IMAGE and takes(pipeline, "strength")
+        # of pipelines with a number of steps for each of their stages
+        stages = dict.fromkeys(call.arguments.keys() & set(call.steps), STEPS)
+        needed = {name: made_up(call.arguments[name]) for name in model.fields.needs}
         return Parameters(
-            prompt=prompt,
+            prompt=prompt if "prompt" in call.takes else "",
             negative_prompt=None,
             width=size[0],
             height=size[1],
             n=1,
             seed=index,
-            num_inference_steps=STEPS + index % 3 if sources is None else 2 * STEPS,
+            num_inference_steps=2 * STEPS if strong else STEPS + index % 3,
             guidance_scale=guidance,
             strength=STRENGTH if strong else None,
-            sources=sources,
+            sources=self._sources(kind, size, index),
+            arguments=needed | stages,
         )
 
     def _run(self, parameters: Parameters) -> Fault | None:
@@ -250,16 +323,15 @@ class WarmUp:
             if size is not None and time.monotonic() - began <= PROFILE_SECONDS:
                 self.run_together(size, count)
 
-    def run_together(
-        self, size: Size, count: int, *, edits: bool = False, mask: Image.Image | None = None
-    ) -> list[Any]:
-        """Run jobs that start in the same step; returns each one's first image, None if flagged."""
+    def run_together(self, size: Size, count: int, kind: str | None = None) -> list[Any]:
+        """Run jobs of a kind, the model's main one if None, that start in the same step; returns
+        each one's first image, None if flagged."""
+        kind = kind or self._model.kind
         jobs, start = [], _Start()
         try:
             for i in range(count):
-                sources = Sources(_image(size, 90 * i), mask) if edits else None
                 # prompts differ in their first token: encoders cut long ones
-                parameters = self._parameters(size, sources, i, f"{i}, to warm up")
+                parameters = self._parameters(size, kind, i, f"{i}, to warm up")
                 observer = None if i else start
                 jobs.append(self._engine.submit(**self._model.call(parameters), observer=observer))
         finally:
@@ -288,6 +360,22 @@ class _Start:
 
     def denoised(self, job: Job, latents: Latents) -> None:
         pass
+
+
+def made_up(argument: Argument) -> Any:
+    """A value of an argument that every call needs: a text, 1, or a list of one of them."""
+    return argument.passed(_made_up(argument.value))
+
+
+def _made_up(value: Any) -> Any:
+    if value in (int, float):
+        return value(1)
+    if value is bool:
+        return True
+    if value is str:
+        return "to warm up"
+    inner = get_args(value)
+    return [_made_up(inner[0])] if get_origin(value) in (list, tuple) else _made_up(inner[0])
 
 
 def _image(size: Size, angle: int = 0) -> Image.Image:

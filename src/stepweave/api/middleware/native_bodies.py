@@ -19,12 +19,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from stepweave.api.bodies import whole_body
 from stepweave.api.context import context_of
-from stepweave.api.forms import edit_of, read_form, reserve
-from stepweave.api.idempotency import key_of, submission_of
+from stepweave.api.forms import data_urls_of, edit_of, read_form, reserve
+from stepweave.api.idempotency import submission_of
 from stepweave.api.middleware.base import Middleware
+from stepweave.api.model_fields import with_fields
 from stepweave.api.routes.bentoml import PATHS, SCHEMAS
 from stepweave.api.schemas import (
+    BentoMLEditBody,
     BentoMLEditRequest,
+    StreamRequest,
+    is_json,
     parse_form,
     parse_off_loop,
     require_form,
@@ -33,6 +37,7 @@ from stepweave.api.schemas import (
 from stepweave.serving.server import Server
 
 BOUNDARY = "short-form"
+SHORT = b'{"prompt": "-"}'
 
 
 class NativeBodies(Middleware):
@@ -44,7 +49,8 @@ class NativeBodies(Middleware):
             if scope["method"] == "POST" and scope["path"] in PATHS:
                 request = Request(scope, receive)
                 if scope["path"] in SCHEMAS:
-                    content_type, body = "application/json", await _read(request, self.server)
+                    await _read(request, self.server, exits)
+                    content_type, body = "application/json", SHORT
                 else:
                     await _read_edit(request, self.server, exits)
                     content_type, body = f"multipart/form-data; boundary={BOUNDARY}", _form()
@@ -52,24 +58,40 @@ class NativeBodies(Middleware):
             await self.app(scope, receive, send)
 
 
-async def _read(request: Request, server: Server) -> bytes:
-    """Check a request in JSON, and return it less members that are null or unset."""
+async def _read(request: Request, server: Server, exits: contextlib.ExitStack) -> None:
+    """Leave the submission of a request in JSON in the request's context."""
     require_json(request.headers.get("content-type", ""))
     async with whole_body(request) as content:
-        body = await parse_off_loop(content, SCHEMAS[request.scope["path"]])
-    server.ready()
-    key_of(request)  # raises if it is none
-    return body.model_dump_json(exclude_unset=True).encode()
+        server.ready()
+        schema = with_fields(SCHEMAS[request.scope["path"]], server.fields)
+        given = await parse_off_loop(content, schema)
+        body, form = await data_urls_of(given, server.fields)
+    exits.enter_context(form)
+    options = await edit_of(form, server, body, None) if form.files else {}
+    if isinstance(body, StreamRequest):
+        options["previews"] = body.partial_images
+    context_of(request.scope).submission = submission_of(request, body, **options)
 
 
 async def _read_edit(request: Request, server: Server, exits: contextlib.ExitStack) -> None:
     """Leave an edit's submission in the request's context."""
-    require_form(request.headers.get("content-type", ""))
+    content_type = request.headers.get("content-type", "")
+    if not is_json(content_type):
+        require_form(content_type)
+    body: BentoMLEditRequest
     place = exits.enter_context(await reserve(request, server))
-    form = exits.enter_context(await read_form(request))
-    place.settle()
-    fields = {name: text for name, given in form.texts.items() if (text := _text(given))}
-    body = parse_form(fields, BentoMLEditRequest)
+    fields = server.fields
+    if is_json(content_type):
+        async with whole_body(request) as content:
+            place.settle()
+            given = await parse_off_loop(content, with_fields(BentoMLEditBody, fields))
+            body, form = await data_urls_of(given, fields)
+        exits.enter_context(form)
+    else:
+        form = exits.enter_context(await read_form(request, fields))
+        place.settle()
+        texts = {name: text for name, given in form.texts.items() if (text := _text(given))}
+        body = parse_form(texts, with_fields(BentoMLEditRequest, fields, files=False))
     options = await edit_of(form, server, body, place)
     context_of(request.scope).submission = submission_of(
         request, body, **options, warnings=tuple(form.warnings)

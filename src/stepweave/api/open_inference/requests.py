@@ -8,8 +8,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stepweave.api.open_inference.tensors import FLOATS, INTEGERS, TEXTS, InferenceRequest, wrong
-from stepweave.api.schemas import explain, some_of
+from stepweave.api.model_fields import with_fields
+from stepweave.api.open_inference.tensors import (
+    FLAGS,
+    FLOATS,
+    INTEGERS,
+    TEXTS,
+    InferenceRequest,
+    wrong,
+)
+from stepweave.api.schemas import Edit, explain, some_of
+from stepweave.calls import ArgumentType, RequestFields
 from stepweave.errors import InvalidRequestError, StepweaveError, shown
 from stepweave.parameters import OPTIONAL_ARGUMENTS, ImageRequest, PriorityName
 
@@ -21,27 +30,59 @@ INPUTS = {
     "num_inference_steps": ("INT32", *(name for name in INTEGERS if name != "INT32")),
     "guidance_scale": FLOATS,
 }
-REQUIRED = ("prompt",)
+DATATYPES: dict[ArgumentType, Sequence[str]] = {
+    "integer": ("INT32", *(name for name in INTEGERS if name != "INT32")),
+    "number": FLOATS,
+    "boolean": FLAGS,
+    "string": TEXTS,
+}
 OUTPUTS = ("image", "parameters")
-PARAMETERS = tuple(name for name in ImageRequest.model_fields if name != "prompt")
 TRITON_PRIORITIES: dict[int, PriorityName] = {1: "high", 2: "normal", 3: "low"}
 MICROSECONDS = 1000  # in a millisecond
 
 
-def accepted_inputs(arguments: Collection[str]) -> dict[str, Sequence[str]]:
-    """The inputs of a pipeline whose call has these arguments, each with its datatypes, the usual
-    one first."""
-    return {
+class EditOrGeneration(Edit, ImageRequest):
+    """A request for one image, from others or not."""
+
+
+def accepted_inputs(arguments: Collection[str], fields: RequestFields) -> dict[str, Sequence[str]]:
+    """The inputs of a model whose pipeline's call has these arguments, each with its datatypes, the
+    usual one first. Arguments that are lists come as parameters."""
+    found: dict[str, Sequence[str]] = {
         name: datatypes
         for name, datatypes in INPUTS.items()
-        if name not in OPTIONAL_ARGUMENTS or name in arguments
+        if (name not in OPTIONAL_ARGUMENTS or name in arguments)
+        and (name != "prompt" or fields.prompt)
     }
+    for name, known in fields.arguments.items():
+        if known.argument.type in DATATYPES and name not in found:
+            found[name] = DATATYPES[known.argument.type]
+    return {**found, **dict.fromkeys(file_inputs(fields), TEXTS)}
 
 
-def parameters_of(given: dict[str, Any]) -> dict[str, Any]:
+def file_inputs(fields: RequestFields) -> tuple[str, ...]:
+    """The inputs that are image files."""
+    return tuple(name for name in fields.images if name not in fields.same)
+
+
+def required_inputs(fields: RequestFields) -> tuple[str, ...]:
+    """The inputs that every request has."""
+    return (*(("prompt",) if fields.prompt else ()), *fields.needs)
+
+
+def schema_of(fields: RequestFields) -> type[EditOrGeneration]:
+    """The schema of a request for one image."""
+    return with_fields(EditOrGeneration, fields, files=False)
+
+
+def _parameters(fields: RequestFields) -> list[str]:
+    return [name for name in schema_of(fields).model_fields if name != "prompt"]
+
+
+def parameters_of(given: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
     """The request's parameters as fields of an ImageRequest. `priority` and `timeout` may be as
     Triton defines them."""
-    known = (*PARAMETERS, "timeout")
+    known = (*_parameters(fields), "timeout")
     values = {name: value for name, value in given.items() if value is not None and name in known}
     for name in ("timeout", "priority"):
         if type(values.get(name)) is int and values[name] == 0:  # Triton's default
@@ -82,45 +123,50 @@ def as_sent(
     return error
 
 
-def ignored_parameters(message: InferenceRequest) -> list[str]:
+def ignored_parameters(message: InferenceRequest, fields: RequestFields) -> list[str]:
     """A warning of unknown parameters, which the protocol says to ignore."""
-    accepted = (*PARAMETERS, "timeout", "binary_data_output")
+    accepted = (*_parameters(fields), "timeout", "binary_data_output")
     unknown = [name for name in message.parameters or () if name not in accepted]
     known = f"Those that are known are {', '.join(accepted)}."
     return [f"Unknown parameters are ignored: {some_of(unknown)}. {known}"] if unknown else []
 
 
 def image_requests(
-    fields: dict[str, list[Any]], shared: dict[str, Any], most: int
-) -> list[ImageRequest]:
-    """One request for each prompt. Raises InvalidRequestError naming the tensor or parameter that
-    is wrong."""
-    if "prompt" not in fields:
-        raise wrong("prompt", "it is missing", code="missing_field")
-    count = len(fields["prompt"])
+    given: dict[str, list[Any]], shared: dict[str, Any], most: int, fields: RequestFields
+) -> list[tuple[EditOrGeneration, dict[str, list[bytes]]]]:
+    """One request for each prompt, and its files by name; for a model without prompts, for each
+    element of the longest input. Raises InvalidRequestError naming the tensor or parameter that is
+    wrong."""
+    leading = "prompt" if fields.prompt else max(given, key=lambda name: len(given[name]))
+    if leading not in given:
+        raise wrong(leading, "it is missing", code="missing_field")
+    count = len(given[leading])
     if not 1 <= count <= most:
-        raise wrong("prompt", f"its shape is [{count}]; the limit is 1 to {most} elements")
-    for name, elements in fields.items():
+        raise wrong(leading, f"its shape is [{count}]; the limit is 1 to {most} elements")
+    for name, elements in given.items():
         if len(elements) not in (1, count):
             raise wrong(
-                name, f"its shape is [{len(elements)}]; it must be [1] or, as prompt's, [{count}]"
+                name,
+                f"its shape is [{len(elements)}]; it must be [1] or, as {leading}'s, [{count}]",
             )
         if name in shared:
             raise wrong(name, "it is given as an input and as a parameter")
     requests = []
     for i in range(count):
         values = {
-            name: elements[i if len(elements) == count else 0] for name, elements in fields.items()
+            name: elements[i if len(elements) == count else 0] for name, elements in given.items()
         }
+        files = {name: values.pop(name) for name in file_inputs(fields) if name in values}
         try:
-            requests.append(ImageRequest.model_validate({**shared, **values}))
+            request = schema_of(fields).model_validate({**shared, **values})
         except ValidationError as error:
-            explained = explain(error)
+            explained = explain(error, schema_of(fields))
             if explained.param in values and count > 1:
                 explained = wrong(
                     explained.param, f"element {i}: {explained.message.removesuffix('.')}"
                 )
             raise explained from None
+        requests.append((request, files))
     return requests
 
 

@@ -9,9 +9,11 @@ BYTES element is its length, 4 bytes unsigned, and its bytes.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import codecs
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -25,10 +27,12 @@ from stepweave.errors import Code, InvalidRequestError, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TEXTS = ("BYTES",)
+FLAGS = ("BOOL",)
 INTEGERS = ("INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8")
 FLOATS = ("FP32", "FP64")
 _DTYPES = {
     **{name: np.dtype(name.lower()).newbyteorder("<") for name in INTEGERS},
+    "BOOL": np.dtype("?"),
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
@@ -156,10 +160,14 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
 
 
 def read_inputs(
-    message: InferenceRequest, tail: bytes, accepted: Mapping[str, Sequence[str]]
+    message: InferenceRequest,
+    tail: bytes,
+    accepted: Mapping[str, Sequence[str]],
+    files: Collection[str] = (),
 ) -> dict[str, list[Any]]:
-    """The elements of each input by name: texts, integers or numbers; of shape [n, 1] as those of
-    [n]. `accepted` maps names to datatypes.
+    """The elements of each input by name: texts, integers, numbers or flags; of shape [n, 1] as
+    those of [n]. `accepted` maps names to datatypes. Elements of `files` are lists of bytes, in
+    JSON base64: of shape [n, k], k for each of n.
 
     Raises InvalidRequestError naming the tensor and what is wrong with it.
     """
@@ -175,8 +183,10 @@ def read_inputs(
         if tensor.datatype not in accepted[name]:
             datatypes = ", ".join(accepted[name])
             raise wrong(name, f"its datatype is {shown(tensor.datatype)}; {datatypes} would do")
-        if not tensor.shape or any(length != 1 for length in tensor.shape[1:]):
-            raise wrong(name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]")
+        each = tensor.shape[1] if name in files and len(tensor.shape) == 2 else 1
+        if not tensor.shape or any(length != each for length in tensor.shape[1:]) or not each:
+            more = ", or [n, k]" if name in files else ""
+            raise wrong(name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]{more}")
         parameters = tensor.parameters or InputParameters()
         size = parameters.binary_data_size
         if (size is None) == (tensor.data is None):
@@ -187,6 +197,8 @@ def read_inputs(
             )
         if size is None:
             elements = _from_json(tensor)
+            if name in files:
+                elements = [_from_base64(tensor, element) for element in elements]
         else:
             raw = tail[offset : offset + size]
             if len(raw) < size:
@@ -195,11 +207,13 @@ def read_inputs(
                 )
             offset += size
             read = _from_text if tensor.datatype == "BYTES" else _from_numbers
-            elements = read(tensor, raw)
-        if len(elements) != tensor.shape[0]:
+            elements = _from_bytes(tensor, raw) if name in files else read(tensor, raw)
+        if len(elements) != tensor.shape[0] * each:
             raise wrong(
                 name, f"its shape is {shown(tensor.shape)}, but it has {len(elements)} elements"
             )
+        if name in files:
+            elements = [elements[i : i + each] for i in range(0, len(elements), each)]
         found[name] = elements
     if offset != len(tail):
         raise InvalidRequestError(
@@ -262,6 +276,8 @@ def _from_json(tensor: InputTensor) -> list[Any]:
         kind = (int,)
     elif tensor.datatype in FLOATS:
         kind = (int, float)
+    elif tensor.datatype in FLAGS:
+        kind = (bool,)
     data = _flat(tensor.data, tensor.shape)
     for element in data:
         if type(element) not in kind:  # a bool is an int to isinstance
@@ -279,10 +295,10 @@ def _from_json(tensor: InputTensor) -> list[Any]:
 
 def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
     """The elements, nested as [[a], [b]] or not, if the shape has a second dimension."""
-    for _ in shape[1:]:
-        if not all(isinstance(element, list) and len(element) == 1 for element in data):
+    for length in shape[1:]:
+        if not all(isinstance(element, list) and len(element) == length for element in data):
             break
-        data = [element[0] for element in data]
+        data = [part for element in data for part in element]
     return data
 
 
@@ -295,8 +311,15 @@ def _float(tensor: InputTensor, element: float) -> float:
         ) from None
 
 
-def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:
-    elements: list[str] = []
+def _from_base64(tensor: InputTensor, text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise wrong(tensor.name, f"{shown(text)} is no base64 of a file") from None
+
+
+def _from_bytes(tensor: InputTensor, raw: bytes) -> list[bytes]:
+    elements: list[bytes] = []
     offset = 0
     while offset < len(raw):
         start = offset + _LENGTH.size
@@ -311,13 +334,18 @@ def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:
                 f"element {len(elements)} has {offset - start} bytes, but {len(raw) - start} are "
                 f"left",
             )
-        try:
-            elements.append(raw[start:offset].decode())
-        except UnicodeDecodeError:
-            raise wrong(
-                tensor.name, f"element {len(elements)} is not UTF-8: {shown(raw[start:offset])}"
-            ) from None
+        elements.append(raw[start:offset])
     return elements
+
+
+def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:
+    texts = []
+    for index, element in enumerate(_from_bytes(tensor, raw)):
+        try:
+            texts.append(element.decode())
+        except UnicodeDecodeError:
+            raise wrong(tensor.name, f"element {index} is not UTF-8: {shown(element)}") from None
+    return texts
 
 
 def _from_numbers(tensor: InputTensor, raw: bytes) -> list[Any]:

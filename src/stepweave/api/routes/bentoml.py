@@ -13,11 +13,11 @@ from stepweave.api.answers import image_answer
 from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.idempotency import submission_of
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import StreamRequest
 from stepweave.parameters import ImageRequest
 from stepweave.serving.server import Server
+from stepweave.serving.submission import Submission
 
 SCHEMAS: dict[str, type[ImageRequest]] = {
     "/generate": ImageRequest,
@@ -45,22 +45,23 @@ async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Resp
         return handle_error(request, error)
 
 
-async def generate(request: Request, server: Server, body: ImageRequest) -> Response:
-    """One image's file."""
-    submission = submission_of(request, body)
-    return image_answer(await until_disconnect(request, server.generate(submission)))
+async def one_image(request: Request, server: Server) -> Response:
+    """One image's file, by what the middleware has read."""
+    return image_answer(await until_disconnect(request, server.generate(_submission(request))))
 
 
-async def generate_stream(request: Request, server: Server, body: StreamRequest) -> Response:
-    """Server-sent events."""
+async def generate_stream(request: Request, server: Server) -> Response:
+    """Server-sent events, by what the middleware has read."""
     assert server.jobs is not None
-    job = await server.submit(submission_of(request, body, previews=body.partial_images))
+    submission = _submission(request)
+    body = submission.request
+    assert isinstance(body, StreamRequest)
+    job = await server.submit(submission)
     told = events(job, request, server.jobs.files, verbose=body.events == "all")
     return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
 
-async def edit(request: Request, server: Server) -> Response:
-    """One image's file, by what the middleware has read."""
+def _submission(request: Request) -> Submission:
     submission = context_of(request.scope).submission
     assert submission is not None
-    return image_answer(await until_disconnect(request, server.generate(submission)))
+    return submission

@@ -2,6 +2,8 @@
 
 Each element of the input `prompt` is one image, a generation of its own; an optional input has
 one element for all of them, or one each. A value for all may also be in the request's `parameters`.
+Images to start from are inputs of BYTES, files in binary data or base64 in JSON; with a second
+dimension there are several for each image.
 The output `image` has files, in JSON as base64; the output `parameters` has a JSON text for each
 image: all parameters as resolved, and warnings.
 """
@@ -23,16 +25,19 @@ from stepweave import __version__
 from stepweave.api import answer_schemas as bodies
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
+from stepweave.api.forms import edit_of, form_of_bytes
 from stepweave.api.idempotency import submission_of
 from stepweave.api.open_inference.requests import (
     OUTPUTS,
-    REQUIRED,
+    EditOrGeneration,
     accepted_inputs,
     as_sent,
+    file_inputs,
     ignored_parameters,
     image_requests,
     parameters_of,
     requested_outputs,
+    required_inputs,
 )
 from stepweave.api.open_inference.tensors import (
     HEADER_LENGTH,
@@ -47,7 +52,7 @@ from stepweave.api.open_inference.triton import EXTENSIONS, configuration, index
 from stepweave.api.responses import answer, error_response
 from stepweave.api.schemas import parse_off_loop, require_json
 from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
-from stepweave.parameters import MEDIA_TYPES, ImageRequest
+from stepweave.parameters import MEDIA_TYPES
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
@@ -102,8 +107,9 @@ class OpenInferenceRoutes:
 
     async def configuration(self, request: Request) -> Response:
         model = self._model(request)
-        accepted = accepted_inputs(model.arguments)
-        return answer(configuration(model.id, _platform(model), accepted, REQUIRED, OUTPUTS))
+        accepted = accepted_inputs(model.arguments, model.fields)
+        required = required_inputs(model.fields)
+        return answer(configuration(model.id, _platform(model), accepted, required, OUTPUTS))
 
     async def live(self, request: Request) -> Response:
         if not self.server.alive():
@@ -123,7 +129,7 @@ class OpenInferenceRoutes:
 
     async def model_metadata(self, request: Request) -> Response:
         model = self._model(request)
-        accepted = accepted_inputs(model.arguments)
+        accepted = accepted_inputs(model.arguments, model.fields)
         metadata = bodies.ModelMetadata(
             name=model.id,
             versions=[VERSION],
@@ -144,17 +150,21 @@ class OpenInferenceRoutes:
         async with whole_body(request, text=False) as body:
             # off the loop: a body may be long
             message, images = await on_thread(None, self._read, request, body, model)
-        outputs, warnings = requested_outputs(message), ignored_parameters(message)
-        asked = "\n".join(image.model_dump_json() for image in images)
-        submissions = [
-            submission_of(request, image, part=i, asked=asked, warnings=tuple(warnings))
-            for i, image in enumerate(images)
-        ]
+        outputs = requested_outputs(message)
+        warnings = tuple(ignored_parameters(message, model.fields))
+        asked = "\n".join(image.model_dump_json() for image, _ in images)
+        submissions = []
+        for i, (image, files) in enumerate(images):
+            form = form_of_bytes(files, model.fields)
+            edit = await edit_of(form, self.server, image, None) if files else {}
+            submissions.append(
+                submission_of(request, image, part=i, asked=asked, warnings=warnings, **edit)
+            )
         work = [self.server.generate(submission) for submission in submissions]
         try:
             answers = await until_disconnect(request, together(work))
         except StepweaveError as error:
-            raise as_sent(error, message, images[0]) from None
+            raise as_sent(error, message, images[0][0]) from None
         content, length = await on_thread(None, _write, message, outputs, answers)
         if length is None:
             return Response(content, media_type="application/json")
@@ -187,7 +197,7 @@ class OpenInferenceRoutes:
 
     def _read(
         self, request: Request, body: bytes, model: ServedModel
-    ) -> tuple[InferenceRequest, list[ImageRequest]]:
+    ) -> tuple[InferenceRequest, list[tuple[EditOrGeneration, dict[str, list[bytes]]]]]:
         message, tail = read_message(body, request.headers.get(HEADER_LENGTH))
         for name, given, of_path in (
             ("model_name", message.model_name, request.path_params["model"]),
@@ -197,9 +207,12 @@ class OpenInferenceRoutes:
                 raise InvalidRequestError(
                     f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name
                 )
-        fields = read_inputs(message, tail, accepted_inputs(model.arguments))
+        fields = model.fields
+        accepted = accepted_inputs(model.arguments, fields)
+        inputs = read_inputs(message, tail, accepted, file_inputs(fields))
         most = min(self.server.settings.max_images, self.server.places)
-        return message, image_requests(fields, parameters_of(message.parameters or {}), most)
+        shared = parameters_of(message.parameters or {}, fields)
+        return message, image_requests(inputs, shared, most, fields)
 
 
 def _platform(model: ServedModel) -> str:

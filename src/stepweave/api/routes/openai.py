@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stepweave.api.answer_schemas import Model, ModelDetails, ModelList
+from stepweave.api.answer_schemas import (
+    Model,
+    ModelArgument,
+    ModelDetails,
+    ModelImage,
+    ModelList,
+)
 from stepweave.api.answers import (
     PROFILE,
     check_one_image,
@@ -23,13 +29,16 @@ from stepweave.api.bodies import pass_over_body, whole_body
 from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, edit_of, read_form, reserve
+from stepweave.api.forms import Form, data_urls_of, edit_of, read_form, reserve
 from stepweave.api.idempotency import submission_of
+from stepweave.api.model_fields import with_fields
 from stepweave.api.responses import answer, json_answer
 from stepweave.api.schemas import (
+    EditBody,
     EditRequest,
     GenerationRequest,
     OpenAIRequest,
+    is_json,
     parse_form,
     parse_off_loop,
     require_form,
@@ -38,7 +47,13 @@ from stepweave.api.schemas import (
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
+from stepweave.serving.kinds import TEXT_TO_IMAGE
 from stepweave.serving.server import Server
+
+if TYPE_CHECKING:
+    from stepweave.serving.model import ServedModel
+
+NO_STREAM = "partial_images: it has no effect without stream."
 
 
 class OpenAIRoutes:
@@ -59,15 +74,32 @@ class OpenAIRoutes:
     async def generations(self, request: Request) -> Response:
         require_json(request.headers.get("content-type", ""))
         async with whole_body(request) as content:
-            body = await parse_off_loop(content, GenerationRequest)
-        return await self._answer(request, body)
+            self.server.ready()
+            fields = self.server.fields
+            body = await parse_off_loop(content, with_fields(GenerationRequest, fields))
+            body, form = await data_urls_of(body, fields)
+        with form:
+            return await self._answer(request, body, form if form.files else None)
 
     async def edits(self, request: Request) -> Response:
-        require_form(request.headers.get("content-type", ""))
+        content_type = request.headers.get("content-type", "")
+        in_json = is_json(content_type)
+        if not in_json:
+            require_form(content_type)
+        body: EditRequest
         with await reserve(request, self.server) as place:
-            with await read_form(request) as form:
+            fields = self.server.fields
+            if in_json:
+                async with whole_body(request) as content:
+                    place.settle()
+                    given = await parse_off_loop(content, with_fields(EditBody, fields))
+                    body, form = await data_urls_of(given, fields)
+            else:
+                form = await read_form(request, fields)
                 place.settle()
-                body = parse_form(form.texts, EditRequest)
+            with form:
+                if not in_json:
+                    body = parse_form(form.texts, with_fields(EditRequest, fields, files=False))
                 return await self._answer(request, body, form, place)
 
     async def variations(self, request: Request) -> Response:
@@ -106,7 +138,7 @@ class OpenAIRoutes:
         )
         base = base_url(request, server.settings) if linked else None
         of_edit: dict[str, Any] = {}
-        if form is not None and isinstance(body, EditRequest):
+        if form is not None:
             of_edit = await edit_of(form, server, body, place)
         may_be_joined = detached or "idempotency-key" in request.headers
         submission = submission_of(
@@ -118,7 +150,11 @@ class OpenAIRoutes:
             response_format=response_format,
             detached=detached,
             **of_edit,
-            warnings=(*body.ignored(), *(() if form is None else form.warnings)),
+            warnings=(
+                *body.ignored(),
+                *((NO_STREAM,) if body.partial_images and not (streams or may_be_joined) else ()),
+                *(() if form is None else form.warnings),
+            ),
         )
         if detached:
             job = await server.submit(submission)
@@ -164,6 +200,10 @@ class OpenAIRoutes:
             presets=model.preset.sources(),
             schedulers=sorted(model.schedulers),
             scheduler_steps=model.scheduler_steps,
+            arguments=_arguments(model),
+            images=_images(model),
+            prompt=model.fields.prompt,
+            generations=model.kind == TEXT_TO_IMAGE,
             edits=model.edits,
             limits_of_edits={
                 name: limits.as_json()
@@ -177,3 +217,38 @@ class OpenAIRoutes:
             unshared=stats.unshared,
         )
         return Model(id=model.id, created=self.server.created, stepweave=details)
+
+
+def _arguments(model: ServedModel) -> list[ModelArgument]:
+    found = []
+    for name, field in model.fields.arguments.items():
+        argument, bounds = field.argument, field.bounds
+        numbers = argument.type in ("integer", "number", "array")
+        found.append(
+            ModelArgument(
+                name=name,
+                type=argument.type,
+                required=name in model.fields.needs,
+                default=model.preset.call.get(name, argument.default),
+                minimum=bounds.least if numbers else None,
+                maximum=bounds.most if numbers else None,
+                max_length=bounds.length if argument.type in ("array", "string") else None,
+                description=argument.description,
+            )
+        )
+    return found
+
+
+def _images(model: ServedModel) -> list[ModelImage]:
+    fields, needs = model.fields, model.needs_images
+    return [
+        ModelImage(
+            name=name,
+            type="mask" if argument.type == "mask" else "image",
+            required=name in needs,
+            several=name in fields.several,
+            description=argument.description,
+        )
+        for name, argument in fields.images.items()
+        if name not in fields.same
+    ]

@@ -1,0 +1,61 @@
+"""BentoML's own description of the native API, with the arguments and images of the model.
+
+BentoML makes it from the signatures of its APIs, before a model is loaded, and its clients refuse
+arguments that are not in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from stepweave.api.middleware.base import Middleware
+from stepweave.api.model_fields import with_fields
+from stepweave.calls import RequestFields
+from stepweave.parameters import ImageRequest
+from stepweave.serving.server import Server
+
+PATH = "/schema.json"
+EDITS = "/edit"
+FILE = {"type": "file", "format": "image", "pil": True}
+
+
+class NativeSchema(Middleware):
+    """Answers `GET /schema.json` once a model is loaded; `schema` is BentoML's own."""
+
+    def __init__(self, app: ASGIApp, server: Server, schema: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(app, server)
+        self._schema = schema
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != PATH or self.server.model is None:
+            await self.app(scope, receive, send)
+            return
+        schema = with_model(self._schema(), self.server.fields)
+        await JSONResponse(schema)(scope, receive, send)
+
+
+def with_model(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
+    """BentoML's description with a model's fields among the inputs of each API."""
+    schema = copy.deepcopy(schema)
+    known = with_fields(ImageRequest, fields, files=False).model_json_schema()["properties"]
+    arguments = {name: known[name] for name in fields.arguments}
+    files = {name: {**FILE, "default": None} for name in fields.images if name not in fields.same}
+    if "image" in fields.several:
+        files["images"] = {"type": "array", "items": FILE, "default": None}
+    for route in schema["routes"]:
+        given = route["input"]
+        new = {**arguments, **(files if route["route"] == EDITS else {})}
+        given["properties"] = {**new, **given["properties"]}
+        # of several images none is called `image`
+        left = {"prompt"} if not fields.prompt else set()
+        left |= {"image"} if "images" in files else set()
+        given["required"] = [
+            *(name for name in given.get("required", ()) if name not in left),
+            *fields.needs,
+        ]
+    return schema
