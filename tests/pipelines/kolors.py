@@ -5,45 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import transformers
 from torch import nn
 
 from tests.pipelines.adapters_pag import MID, PAG
 from tests.pipelines.parts import NUMBERS, SQUARE, XL_BLOCKS, diffusion_xl, strength
 from tests.pipelines.registry import entry, example_image
+from tests.pipelines.stand_ins import Tokenizer
 from tests.support.tiny import WIDTH, qwen
 
 
-class Tokenizer:
-    """Of bytes. ChatGLM's own reads a file of sentencepiece's and was written for transformers
-    4."""
-
-    def __init__(self) -> None:
-        self.tokenizer = qwen()["tokenizer"]
-        self.tokenizer.padding_side = "left"
-
-    def __len__(self) -> int:
-        return len(self.tokenizer)
-
-    def __call__(self, text: Any, **options: Any) -> transformers.BatchEncoding:
-        tokens = self.tokenizer(text, **options)
-        tokens["position_ids"] = (tokens["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        return tokens
+def tokenizer() -> Tokenizer:
+    plain = qwen()["tokenizer"]
+    return Tokenizer(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token=plain.pad_token,
+        padding_side="left",
+        model_max_length=plain.model_max_length,
+    )
 
 
 def kolors() -> dict[str, Any]:
     # it warns of what torch deprecated
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
-    tokenizer = Tokenizer()
+    words = tokenizer()
     config = ChatGLMConfig(
         num_layers=2,
-        padded_vocab_size=len(tokenizer),
+        padded_vocab_size=len(words),
         hidden_size=WIDTH,
         ffn_hidden_size=WIDTH,
         kv_channels=8,
         num_attention_heads=2,
-        seq_length=32,
+        seq_length=256,  # to which prompts are cut
         add_qkv_bias=True,
         original_rope=True,
     )
@@ -59,7 +52,7 @@ def kolors() -> dict[str, Any]:
         }
     )
     kept = {name: part for name, part in parts.items() if name in ("unet", "scheduler", "vae")}
-    return {**kept, "text_encoder": network, "tokenizer": tokenizer}
+    return {**kept, "text_encoder": network, "tokenizer": words}
 
 
 KOLORS: dict[str, Any] = {"max_sequence_length": 32}

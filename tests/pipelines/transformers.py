@@ -82,7 +82,7 @@ def sana_parts(**config: Any) -> dict[str, Any]:
     }
 
 
-SANA: dict[str, Any] = {**FREE, "height": 32, "width": 32, "complex_human_instruction": None}
+SANA: dict[str, Any] = {**FREE, "height": 32, "width": 32, "complex_human_instruction": []}
 
 
 @entry(**SANA)

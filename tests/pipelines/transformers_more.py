@@ -13,6 +13,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from tests.pipelines.registry import ABSENT, entry, example_image
+from tests.pipelines.stand_ins import PromptEncoder
 from tests.pipelines.transformers_flux import flux_parts
 from tests.pipelines.transformers_parts import (
     DECODER,
@@ -28,7 +29,7 @@ from tests.pipelines.transformers_parts import (
     wide_clip,
 )
 from tests.pipelines.video import wan_autoencoder
-from tests.support.tiny import WIDTH, qwen, qwen_image, t5
+from tests.support.tiny import WIDTH, qwen, qwen_image, t5, with_fixed
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 TEXT: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 48}
@@ -103,11 +104,9 @@ def bria_fibo_edit() -> diffusers.BriaFiboEditPipeline:
 def ovis_image() -> diffusers.OvisImagePipeline:
     transformer = diffusers.OvisImageTransformer2DModel(**LIKE_FLUX, out_channels=16)
     text = language_model("Qwen3", "Model")
-    pipeline = diffusers.OvisImagePipeline(
-        transformer=transformer, scheduler=dynamic(), vae=plain_autoencoder(), **text
-    )
-    pipeline.user_prompt_begin_id = 0  # the chat template here puts nothing before the prompt
-    return pipeline
+    # the chat template here puts nothing before the prompt
+    kind = with_fixed(diffusers.OvisImagePipeline, user_prompt_begin_id=0)
+    return kind(transformer=transformer, scheduler=dynamic(), vae=plain_autoencoder(), **text)
 
 
 @entry(**SIZE, guidance_scale=5.0, enable_prompt_rewrite=False, negative_prompt="black")
@@ -116,15 +115,13 @@ def long_cat_image() -> diffusers.LongCatImagePipeline:
         **LIKE_FLUX | {"axes_dims_rope": [4, 4, 8], "in_channels": 64}, pooled_projection_dim=WIDTH
     )
     text = qwen()
-    pipeline = diffusers.LongCatImagePipeline(
+    return with_fixed(diffusers.LongCatImagePipeline, tokenizer_max_length=48)(
         transformer=transformer,
         scheduler=dynamic(),
         vae=small_autoencoder(latent_channels=16),
         text_processor=vision_language()["processor"],
         **text,
     )
-    pipeline.tokenizer_max_length = 48
-    return pipeline
 
 
 # PRX
@@ -152,13 +149,11 @@ def prx_parts(channels: int) -> dict[str, Any]:
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    encoder = transformers.T5GemmaEncoderModel(
-        transformers.T5GemmaConfig(encoder=config, is_encoder_decoder=False)
-    )
+    whole = transformers.T5GemmaConfig(encoder=config, is_encoder_decoder=False)
     return {
         "transformer": transformer,
         "scheduler": flow(),
-        "text_encoder": encoder.encoder,
+        "text_encoder": PromptEncoder(whole.encoder),
         "tokenizer": tokenizer,
     }
 
@@ -210,11 +205,9 @@ def hi_dream_image() -> diffusers.HiDreamImagePipeline:
     llama = {f"{name}_4": part for name, part in language_model("Llama").items()}
     llama["tokenizer_4"].pad_token = "<|im_end|>"
     text = {**wide_clip(), **wide_clip("_2"), **t5_text("_3"), **llama}
-    pipeline = diffusers.HiDreamImagePipeline(
-        transformer=transformer, scheduler=flow(), vae=plain_autoencoder(), **text
-    )
-    pipeline.default_sample_size = 8  # it draws nothing smaller
-    return pipeline
+    # it draws nothing smaller
+    kind = with_fixed(diffusers.HiDreamImagePipeline, default_sample_size=8)
+    return kind(transformer=transformer, scheduler=flow(), vae=plain_autoencoder(), **text)
 
 
 # Kandinsky 5, GLM, Ernie
@@ -243,15 +236,13 @@ def kandinsky5(kind: Any, **config: Any) -> DiffusionPipeline:
         axes_dims=(2, 2, 4),
         **config,
     )
-    pipeline: Any = mended(
-        kind,
+    return mended(
+        with_fixed(kind, resolutions=[(32, 32)]),
         {"transformer": transformer, "scheduler": flow(), "vae": small_autoencoder(blocks=4)},
         text_encoder=vision_language()["text_encoder"],
         tokenizer=vision_language()["processor"],
         **wide_clip("_2", projection=False),
     )
-    pipeline.resolutions = [(32, 32)]
-    return pipeline
 
 
 @entry(**KANDINSKY)

@@ -11,6 +11,7 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers.processors import TemplateProcessing
 
+from tests.pipelines.stand_ins import VisionProcessor
 from tests.support.tiny import SIDE, WIDTH, autoencoder, clip, qwen, t5
 
 # Skips the system's messages, which would take hundreds of tokens here
@@ -134,42 +135,6 @@ def without_noise(vae: diffusers.AutoencoderKL) -> diffusers.AutoencoderKL:
     return vae
 
 
-class VisionProcessor:
-    """Text and images for Qwen-VL. transformers' own processor wants one of videos, and that
-    torchvision."""
-
-    def __init__(self, tokenizer: Any, patch: int = 14, **config: Any) -> None:
-        self.tokenizer = tokenizer
-        self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        self.image_processor = transformers.Qwen2VLImageProcessorPil(
-            patch_size=patch, min_pixels=(2 * patch) ** 2, max_pixels=(2 * patch) ** 2, **config
-        )
-
-    def __call__(
-        self, text: Any = None, images: Any = None, **options: Any
-    ) -> transformers.BatchFeature:
-        texts = [text] if isinstance(text, str) else list(text)
-        found: dict[str, Any] = {}
-        if images is not None:
-            found = dict(self.image_processor(images=images, return_tensors="pt"))
-            counts = iter((found["image_grid_thw"].prod(dim=1) // 4).tolist())
-            pad = "<|image_pad|>"
-            for i, one in enumerate(texts):
-                first, *rest = one.split(pad)
-                texts[i] = first + "".join(pad * next(counts) + piece for piece in rest)
-        options.pop("videos", None)
-        return transformers.BatchFeature({**self.tokenizer(texts, **options), **found})
-
-    def apply_chat_template(self, *args: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(*args, **options)
-
-    def decode(self, *args: Any, **options: Any) -> Any:
-        return self.tokenizer.decode(*args, **options)
-
-    def batch_decode(self, *args: Any, **options: Any) -> Any:
-        return self.tokenizer.batch_decode(*args, **options)
-
-
 def vision_language() -> dict[str, Any]:
     """Qwen2.5-VL that sees, with its processor."""
     tokenizer = chat_tokenizer()
@@ -183,7 +148,11 @@ def vision_language() -> dict[str, Any]:
         text_config=text, vision_config=old.vision_config.to_dict(), **ids
     )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    return {"text_encoder": model, "tokenizer": tokenizer, "processor": VisionProcessor(tokenizer)}
+    return {
+        "text_encoder": model,
+        "tokenizer": tokenizer,
+        "processor": VisionProcessor.of(tokenizer),
+    }
 
 
 VISION_TOKENS = {

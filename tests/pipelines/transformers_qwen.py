@@ -22,7 +22,7 @@ from tests.pipelines.transformers_parts import (
     strength,
     vision_language,
 )
-from tests.support.tiny import WIDTH, hunyuan_image, qwen, qwen_image
+from tests.support.tiny import WIDTH, hunyuan_image, qwen, qwen_image, with_fixed
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 
@@ -189,8 +189,6 @@ def hunyuan_image_refiner() -> diffusers.HunyuanImageRefinerPipeline:
         spatial_compression_ratio=4,
         temporal_compression_ratio=2,
     )
-    pipeline = diffusers.HunyuanImageRefinerPipeline(
-        scheduler=flow(), vae=vae, transformer=transformer, **qwen()
-    )
-    pipeline.tokenizer_max_length = 200  # its template takes more tokens here than it drops
-    return pipeline
+    # its template takes more tokens here than it drops
+    kind = with_fixed(diffusers.HunyuanImageRefinerPipeline, tokenizer_max_length=200)
+    return kind(scheduler=flow(), vae=vae, transformer=transformer, **qwen())

@@ -115,6 +115,14 @@ def networks(pipeline: DiffusionPipeline) -> list[nn.Module]:
     ]
 
 
+def with_fixed(kind: Any, **attributes: Any) -> Any:
+    """The pipeline class, in which these attributes have such values whatever it sets: those are
+    for real models, and are not saved."""
+    for name, value in attributes.items():
+        setattr(kind, name, property(lambda _, value=value: value, lambda _, ignored: None))
+    return kind
+
+
 @torch.no_grad()
 def enliven(network: nn.Module) -> None:
     """Make every input have an effect: replace zero weights, from which training starts, by random
@@ -294,7 +302,11 @@ def hunyuan_image() -> DiffusionPipeline:
         scaling_factor=0.75,
     )
     tokenizer = transformers.ByT5Tokenizer()
-    pipeline = diffusers.HunyuanImagePipeline(
+    # to which it pads; 1000 and 128 are slow
+    kind = with_fixed(
+        diffusers.HunyuanImagePipeline, tokenizer_max_length=16, tokenizer_2_max_length=16
+    )
+    pipeline: DiffusionPipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=vae,
         **qwen(),
@@ -304,8 +316,6 @@ def hunyuan_image() -> DiffusionPipeline:
         guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
         ocr_guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
     )
-    # to which it pads; 1000 and 128 are slow
-    pipeline.tokenizer_max_length = pipeline.tokenizer_2_max_length = 16
     return pipeline
 
 
