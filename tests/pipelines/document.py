@@ -64,13 +64,29 @@ single pipelines, and tests each kind of call before it batches it.
 """
 
 
+# around the section that `tests.served` writes
+BEGIN, END = "<!-- served: begin -->", "<!-- served: end -->"
+
+
+def section_of(text: str) -> str:
+    """What stands between the marks in a document."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def with_section(text: str, section: str) -> str:
+    """The document with another text between the marks."""
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
+
+
 def document(
     reports: Sequence[Report],
     entries: Mapping[str, Entry],
     not_built: Mapping[str, str],
     versions: Mapping[str, str],
+    served: str = "",
 ) -> str:
-    """The whole document."""
+    """The whole document; `served` is its section about the server."""
     parts = [
         HEAD.format(
             calls={6: "Six"}.get(CALLS, str(CALLS)),
@@ -90,11 +106,12 @@ def document(
             parts.append(f"## {title}\n\n{HEADER}\n" + "\n".join(rows) + "\n")
     by_reason = sorted(not_built.items(), key=lambda item: (item[1].lower(), item[0]))
     missing = [
-        f"| {_cell(reason)} | {', '.join(f'`{name}`' for name, _ in group)} |"
+        f"| {cell(reason)} | {', '.join(f'`{name}`' for name, _ in group)} |"
         for reason, group in groupby(by_reason, key=lambda item: item[1])
     ]
+    parts.append(f"{BEGIN}\n\n{END}\n")
     parts.append(TAIL + "\n".join(missing) + "\n")
-    return "\n".join(parts)
+    return with_section("\n".join(parts), served)
 
 
 HEADER = "| class | entry | shared | error | what ran alone |\n| --- | --- | --- | --- | --- |"
@@ -125,7 +142,7 @@ def _summary(reports: Sequence[Report], not_built: Mapping[str, str]) -> str:
         "entries with the results of the plain call": sum(one.right for one in reports),
         "largest error": f"{max((one.largest_error for one in reports), default=0.0):.0e}",
         "classes that share forwards": (
-            f"{merging} of {denoising} with a denoiser ({_percent(merging / max(denoising, 1))})"
+            f"{merging} of {denoising} with a denoiser ({percent(merging / max(denoising, 1))})"
         ),
         "classes that run one job at a time (takes turns)": len(turns),
         "other classes that share no forward": ", ".join(f"`{name}`" for name in others) or "none",
@@ -142,7 +159,7 @@ def _summary(reports: Sequence[Report], not_built: Mapping[str, str]) -> str:
 
 def _row(report: Report, entry: Entry) -> str:
     name = f"`{report.name}`" + (f": {entry.note}" if entry.note else "")
-    share = "no denoiser" if report.merged_share is None else _percent(report.merged_share)
+    share = "no denoiser" if report.merged_share is None else percent(report.merged_share)
     error = _bound(report.largest_error)
     # how much they differ is another number on every machine
     notes = list(dict.fromkeys(_DIFFER.sub("differ", note) for note in report.alone))
@@ -154,11 +171,11 @@ def _row(report: Report, entry: Entry) -> str:
     elif not report.right:
         error = f"**{report.largest_error:.1e}**"
         notes += [f"**{report.errors} errors of the engine**"] * bool(report.errors)
-    why = "; ".join("(takes turns)" if note == TAKES_TURNS else _short(note) for note in notes)
-    return f"| `{report.pipeline}` | {_cell(name)} | {share} | {error} | {_cell(why)} |"
+    why = "; ".join("(takes turns)" if note == TAKES_TURNS else short(note) for note in notes)
+    return f"| `{report.pipeline}` | {cell(name)} | {share} | {error} | {cell(why)} |"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
@@ -169,9 +186,9 @@ def _bound(error: float) -> str:
     return f"1e{math.ceil(math.log10(error)):d}" if math.isfinite(error) else "not finite"
 
 
-def _short(reason: str) -> str:
+def short(reason: str) -> str:
     return reason if len(reason) <= LONGEST else reason[: LONGEST - 1].rstrip() + "…"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

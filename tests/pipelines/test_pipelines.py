@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines import run as runner
+from tests.pipelines import processes
 from tests.pipelines.catalog import NOT_BUILT, entries, exported
 from tests.pipelines.check import TAKES_TURNS, Report
 from tests.pipelines.document import GROUPS, classes, document
 from tests.pipelines.registry import Entry
-from tests.pipelines.run import load, run
+from tests.pipelines.run import load, run, save
 from tests.support.environment import ROOT
 from tests.support.waiting import wait_until
 
@@ -223,9 +223,9 @@ def test_what_crashes_hangs_or_raises_is_a_row(
 def test_reports_of_other_versions_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner._save(Report("ddpm", "DDPMPipeline", 0.5), tmp_path / "ddpm.json")
+    save(Report("ddpm", "DDPMPipeline", 0.5), tmp_path / "ddpm.json")
     assert load("ddpm", tmp_path) == Report("ddpm", "DDPMPipeline", 0.5)
-    monkeypatch.setattr(runner, "versions", lambda: {"diffusers": "0.1"})
+    monkeypatch.setattr(processes, "versions", lambda: {"diffusers": "0.1"})
     assert load("ddpm", tmp_path) is None
 
 
