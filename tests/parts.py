@@ -18,6 +18,7 @@ FOLDER = ROOT / "build" / "test-full"
 FULL = ("-m", "full and not gpu")
 NAMED = {
     "pipelines": ["tests/pipelines/test_pipelines.py"],
+    "served": ["tests/served"],
     "parity": [
         "tests/engine/test_parity.py",
         "tests/engine/test_reproducible.py",

@@ -30,6 +30,7 @@ APART = {
     "tests/pipelines/test_pipelines.py",
     "tests/project/test_docs.py",
     "tests/scope/test_scope.py",
+    "tests/served/test_served.py",
     "tests/serving/test_restart.py",
     "tests/serving/test_starts.py",
 }

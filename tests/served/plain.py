@@ -1,0 +1,113 @@
+"""The reference: calls of the plain pipeline, and their images."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from tests.pipelines.registry import Entry
+from tests.served.saving import INDEX
+
+# members of a call's result that are images, in the order in which they are looked for
+RESULTS = ("images", "image", "rgb", "prediction")
+# where the default, `pil`, does not work: its depth is of a mode that Pillow no longer makes
+OUTPUT_TYPES = {"StableDiffusionLDM3DPipeline": "np"}
+COUNTS = ("num_images_per_prompt", "batch_size")  # how pipelines call the number of images
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: what a request asks for, and what the plain pipeline is called with."""
+
+    name: str  # `call 2`, or the argument in which it differs from call 0
+    arguments: dict[str, Any]  # without generator, output type and number of images
+    seed: int
+    n: int = 1
+
+    def with_changes(self, name: str, **changes: Any) -> Case:
+        return replace(self, name=name, arguments={**self.arguments, **changes})
+
+
+def case(entry: Entry, number: int) -> Case:
+    """An entry's call by its number. Its prompt is not empty: for a form, that is none."""
+    arguments = entry.arguments(number)
+    arguments.pop("output_type", None)
+    if arguments.get("prompt") == "":
+        arguments["prompt"] = "a"
+    seed = arguments.pop("generator").initial_seed()
+    return Case(f"call {number}", arguments, seed)
+
+
+class Plain:
+    """A pipeline of a directory, loaded with diffusers alone."""
+
+    def __init__(self, folder: Path, first: Case) -> None:
+        """With a call by which to find out whether it takes a list of generators, or only one."""
+        self._folder = folder
+        self._takes_lists = True
+        self.load()
+        try:
+            self.images(first)
+        except Exception:
+            self._takes_lists = False
+            self.load()
+
+    def load(self) -> None:
+        """Load it, also again: calls that raise may leave it changed."""
+        index = json.loads((self._folder / INDEX).read_text())
+        absent = {name: None for name, value in index.items() if value == [None, None]}
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(
+            str(self._folder), use_safetensors=True, **absent
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.parameters = inspect.signature(type(self.pipeline).__call__).parameters
+
+    @property
+    def takes_count(self) -> str | None:
+        """The argument for the number of images."""
+        return next((name for name in COUNTS if name in self.parameters), None)
+
+    def images(self, case: Case) -> list[np.ndarray]:
+        """The images of a call: height x width x 3 or 4 bytes each."""
+        kind = type(self.pipeline).__name__
+        arguments = dict(case.arguments)
+        generators = [torch.Generator("cpu").manual_seed(case.seed + i) for i in range(case.n)]
+        arguments["generator"] = generators if self._takes_lists else generators[0]
+        if kind in OUTPUT_TYPES:
+            arguments["output_type"] = OUTPUT_TYPES[kind]
+        if case.n != 1:
+            assert self.takes_count is not None
+            arguments[self.takes_count] = case.n
+        output = self.pipeline(**arguments)
+        found = next(
+            value for name in RESULTS if (value := getattr(output, name, None)) is not None
+        )
+        return list(_arrays(found, signed="Normals" in kind))
+
+
+def _arrays(value: Any, *, signed: bool) -> Iterator[np.ndarray]:
+    if isinstance(value, Image.Image):
+        yield as_array(value)
+    elif isinstance(value, np.ndarray):
+        assert value.ndim == 4
+        assert np.isfinite(value).all(), "the plain call gives no finite numbers"
+        shares = (value + 1) / 2 if signed else value
+        for image in np.rint(shares * 255).astype(np.uint8):
+            yield np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+    else:
+        for item in value:
+            yield from _arrays(item, signed=signed)
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """Grey images are compared as colours, with what transparency there is."""
+    return np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"))
