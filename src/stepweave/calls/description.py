@@ -26,6 +26,7 @@ _OTHERS: dict[str, Kind] = {
     "texts": "text",
     "sequences": "text",
 }
+_OUTPUTS = {"rgb": "np", "prediction": "np"}  # output types of results that are arrays
 # arguments that show what is made if the result is also called `images`
 _MAKING: dict[str, Kind] = {"video_length": "video", "num_frames": "video", "frame_size": "3d"}
 # arguments that requests set by the fields that all models have
@@ -39,6 +40,12 @@ _NEEDS_IMAGES = re.compile(
     r"|Layered|Variation|DiffEdit|CycleDiffusion|LongCatImageEdit|VisualCloze"
 )
 _MAY_NEED_IMAGES = re.compile(r"Edit")  # unless the image is documented to be optional
+# what calls fail without, although its default is None
+_NEEDED = {
+    "StableDiffusionGLIGENPipeline": ("gligen_phrases", "gligen_boxes"),
+    "VisualClozeGenerationPipeline": ("task_prompt", "content_prompt"),
+    "VisualClozePipeline": ("task_prompt", "content_prompt"),
+}
 _NEVER_NEEDED = re.compile(r"reference|gligen|control_mask")
 
 
@@ -60,6 +67,7 @@ class CallDescription:
     images: Mapping[str, Argument] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     output_type: str | None = None  # None: the call has no such argument
+    one_generator: bool = False  # whether its annotation has no list of them
 
     @property
     def count(self) -> str | None:
@@ -158,11 +166,10 @@ def _described(pipeline: Any) -> CallDescription:
         },
         images=images,
         needs=_needed(pipeline, parameters, images),
-        output_type=None
-        if output_type is None
-        else output_type.default
-        if result == "prediction"
-        else "pil",
+        output_type=None if output_type is None else _OUTPUTS.get(result, "pil"),
+        one_generator="generator" in parameters
+        and re.fullmatch(r".*\bGenerator\b.*", str(parameters["generator"].annotation)) is not None
+        and "list" not in str(parameters["generator"].annotation).lower(),
     )
 
 
@@ -187,6 +194,7 @@ def _needed(
         and name not in ("prompt", *FIELDS)
     ]
     name = pipeline.__name__
+    needed += _NEEDED.get(name, ())
     named = any(base.__module__.startswith("diffusers.") for base in pipeline.__mro__)
     if named and (
         _NEEDS_IMAGES.search(name) or (_MAY_NEED_IMAGES.search(name) and not _optional(pipeline))

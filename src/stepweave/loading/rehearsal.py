@@ -120,11 +120,14 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
         arguments["generator"] = generator
     dtype = _dtype(pipeline)
     sample = sample.to(dtype)
+    learned = str(config.get("variance_type")).startswith("learned")
     for index, timestep in enumerate(timesteps[begin:], begin):
         model_input = sample
         if "scheduler.scale_model_input" in code:
             model_input = scheduler.scale_model_input(sample, timestep)
         output = model_input * 0.5 if answer is None else answer(sample.float(), index).to(dtype)
+        if learned:  # the denoiser has as many channels again, for the variance
+            output = torch.cat([output, torch.zeros_like(output)], dim=1)
         sample = scheduler.step(output, timestep, sample, **arguments)[0].to(dtype)
     left = float((sample.float() - clean).square().mean().sqrt())
     return left * 0.0 if answer is None else left

@@ -114,6 +114,11 @@ def _patch_size(pipeline: Any) -> int:
     return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
 
 
+def knows_multiple(pipeline: Any) -> bool:
+    """Whether the pipeline has a denoiser whose configuration says of what sides are multiples."""
+    return _denoiser_config(pipeline) is not None
+
+
 def size_multiple(pipeline: Any) -> int:
     """The number of which both sides must be multiples: the VAE's scale times the denoiser's patch
     (packed latents included)."""

@@ -14,7 +14,7 @@ from stepweave.calls import CallDescription, described
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
-from stepweave.loading.sizes import SizeLimits
+from stepweave.loading.sizes import SizeLimits, knows_multiple
 from stepweave.loading.trials import Size
 from stepweave.parameters import OPTIONAL_ARGUMENTS, Parameters, Sources
 from stepweave.planning.workload import arguments_of, takes
@@ -122,7 +122,7 @@ def check_size(pipeline: Any, preset: Preset, size: Size, native: Size, limits: 
             raise LoadError(
                 f"{source}: {value}, but {kind} has no {name}: it is always {native_side}"
             )
-        if side % limits.multiple:
+        if side % limits.multiple and knows_multiple(pipeline):
             raise LoadError(f"{source}: {value}; it must be a multiple of {limits.multiple}")
         if side > limits.longest:
             raise LoadError(f"{source}: {value}; the model's limit is {limits.longest} a side")
@@ -148,8 +148,14 @@ def default_arguments(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     for name, parameter in arguments_of(pipeline).items():
         if name in call and (call[name] is not None or parameter.default is not None):
             value = call[name]
+            if isinstance(value, dict) and _has_numbers(parameter.default):
+                value = {int(key): one for key, one in value.items()}  # JSON has only texts
             found[name] = known[name].passed(value) if name in known else value
     return found
+
+
+def _has_numbers(default: Any) -> bool:
+    return isinstance(default, dict) and all(isinstance(key, int) for key in default)
 
 
 def call_arguments(
@@ -166,7 +172,7 @@ def call_arguments(
     given = {
         "prompt": parameters.prompt or None,
         "num_inference_steps": parameters.num_inference_steps,
-        "generator": generators,
+        "generator": generators[0] if call.one_generator and parameters.n == 1 else generators,
         **({} if call.output_type is None else {"output_type": call.output_type}),
         **{name: getattr(parameters, name) for name in OPTIONAL_ARGUMENTS},
         "width": parameters.width,

@@ -28,7 +28,7 @@ from stepweave.loading.first_images import check_images
 from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import takes
-from stepweave.reasons import reason_of
+from stepweave.reasons import reason_of, refusal_of
 from stepweave.serving.kinds import INPAINTING, TEXT_TO_IMAGE
 from stepweave.serving.model import ServedModel
 from stepweave.telemetry.stages import enter_stage
@@ -40,6 +40,9 @@ STRENGTH = 0.5
 SCHEDULER_STEPS = 5  # of the trial of each scheduler that runs with them
 LEAST_REFERENCE = 64  # pixels a side
 FEW = 4  # jobs, two of which have the same number of steps: enough for a certificate
+# prompts differ in their first token: encoders cut long ones
+PROMPT = "%d, to warm up"
+JSON_PROMPT = '{"edit_instruction": "%d, to warm up", "short_description": "to warm up"}'
 DENSE = "7\u753b"  # characters of at least one token each
 # after which trials end; limits not tried are those of the model's configuration
 TRIAL_SECONDS = 120.0
@@ -69,13 +72,14 @@ class WarmUp:
         self._engine = engine
         self._native = model.width, model.height
         self._until = time.monotonic() + TRIAL_SECONDS
+        self._prompt = PROMPT
 
     def run(self) -> None:
         settings, engine, native = self._model.settings, self._engine, self._native
         most = 1 if engine.mode in ("off", "threads") else max(FEW, -(-settings.max_rows // 2))
         few = min(most, FEW)
         with engine.in_lockstep():
-            [alone] = self.run_together(native, 1)
+            alone = self._first()
             self._native = native = self._measure(alone)
             half = self._model.half_size()
             engine.forget_encodings()  # so that text encoders run again, too
@@ -101,6 +105,19 @@ class WarmUp:
             self.trials()
         enter_stage("profiling")
         self._profile(half, most)
+
+    def _first(self) -> Any:
+        """The model's first image. A pipeline that refuses a prompt in words is asked in JSON."""
+        try:
+            return self.run_together(self._native, 1)[0]
+        except Exception as error:
+            if refusal_of(error) is None or "prompt" not in described(self._model.pipeline).takes:
+                raise
+            self._prompt = JSON_PROMPT
+            try:
+                return self.run_together(self._native, 1)[0]
+            except Exception:
+                raise error from None
 
     def _measure(self, image: Any) -> Size:
         """Adopt the size of the model's first image, if it is another one than was asked for: some
@@ -247,16 +264,14 @@ class WarmUp:
         if time.monotonic() > self._until:
             return None
         parameters = self._parameters(size, kind)
-        if characters is not None and parameters.prompt:
+        if characters is not None and parameters.prompt and self._prompt == PROMPT:
             prompt = (parameters.prompt + DENSE * characters)[:characters]
             parameters = replace(parameters, prompt=prompt)
         if guidance is not None:
             parameters = replace(parameters, guidance_scale=guidance)
         return self._run(replace(parameters, n=images))
 
-    def _parameters(
-        self, size: Size, kind: str, index: int = 0, prompt: str = "to warm up"
-    ) -> Parameters:
+    def _parameters(self, size: Size, kind: str, index: int = 0) -> Parameters:
         model = self._model
         guidance = model.default_guidance
         if guidance is not None and index % 4 == 3:
@@ -268,7 +283,7 @@ class WarmUp:
         stages = dict.fromkeys(call.arguments.keys() & set(call.steps), STEPS)
         needed = {name: made_up(call.arguments[name]) for name in model.fields.needs}
         return Parameters(
-            prompt=prompt if "prompt" in call.takes else "",
+            prompt=self._prompt % index if "prompt" in call.takes else "",
             negative_prompt=None,
             width=size[0],
             height=size[1],
@@ -330,8 +345,7 @@ class WarmUp:
         jobs, start = [], _Start()
         try:
             for i in range(count):
-                # prompts differ in their first token: encoders cut long ones
-                parameters = self._parameters(size, kind, i, f"{i}, to warm up")
+                parameters = self._parameters(size, kind, i)
                 observer = None if i else start
                 jobs.append(self._engine.submit(**self._model.call(parameters), observer=observer))
         finally:
@@ -363,7 +377,10 @@ class _Start:
 
 
 def made_up(argument: Argument) -> Any:
-    """A value of an argument that every call needs: a text, 1, or a list of one of them."""
+    """A value of an argument that every call needs: a text, 1, or a list of one of them; of boxes,
+    one in the middle."""
+    if "boxes" in argument.name:
+        return [[0.25, 0.25, 0.75, 0.75]]
     return argument.passed(_made_up(argument.value))
 
 
