@@ -109,7 +109,7 @@ def _candidates(entry: Entry, plain: Plain, base: Case) -> Iterator[tuple[str, l
         width, height = (base.arguments[name] for name in _SIZES)
         sizes = ((2 * width, height), (2 * width, 2 * height))
         yield "size", [base.with_changes("size", width=w, height=h) for w, h in sizes]
-    if plain.takes_count is not None:
+    if plain.takes_count is not None and plain.takes_lists:
         yield "n", [replace(base, name="n", n=2)]
 
 
@@ -144,6 +144,8 @@ def _values(name: str, annotation: str, current: Any, side: int) -> list[Any]:
     if "int" in annotation or isinstance(current, int):
         near = [] if not current else [current + 1, current * 2]
         return [value for value in (*near, *INTEGERS) if value != current]
+    if annotation.replace(" | None", "") == "list[str]":
+        return [[value] for value in TEXTS]
     if "str" in annotation or isinstance(current, str):
         return [value for value in TEXTS if value != current]
     return []

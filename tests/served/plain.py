@@ -53,12 +53,12 @@ class Plain:
     def __init__(self, folder: Path, first: Case) -> None:
         """With a call by which to find out whether it takes a list of generators, or only one."""
         self._folder = folder
-        self._takes_lists = True
+        self.takes_lists = True
         self.load()
         try:
             self.images(first)
         except Exception:
-            self._takes_lists = False
+            self.takes_lists = False
             self.load()
 
     def load(self) -> None:
@@ -77,16 +77,17 @@ class Plain:
         return next((name for name in COUNTS if name in self.parameters), None)
 
     def images(self, case: Case) -> list[np.ndarray]:
-        """The images of a call: height x width x 3 or 4 bytes each."""
+        """The images of a call: height x width x 3 or 4 bytes each. Of several, each is that of a
+        call with a seed of its own, as image i of n has seed + i in every answer."""
+        if case.n != 1:
+            ones = [replace(case, n=1, seed=case.seed + i) for i in range(case.n)]
+            return [image for one in ones for image in self.images(one)]
         kind = type(self.pipeline).__name__
         arguments = dict(case.arguments)
-        generators = [torch.Generator("cpu").manual_seed(case.seed + i) for i in range(case.n)]
-        arguments["generator"] = generators if self._takes_lists else generators[0]
+        generator = torch.Generator("cpu").manual_seed(case.seed)
+        arguments["generator"] = [generator] if self.takes_lists else generator
         if kind in OUTPUT_TYPES:
             arguments["output_type"] = OUTPUT_TYPES[kind]
-        if case.n != 1:
-            assert self.takes_count is not None
-            arguments[self.takes_count] = case.n
         output = self.pipeline(**arguments)
         found = next(
             value for name in RESULTS if (value := getattr(output, name, None)) is not None

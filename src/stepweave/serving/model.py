@@ -25,6 +25,7 @@ from stepweave.loading.sizes import (
     latent_positions,
     max_side,
     native_size,
+    nearest_size,
     size_multiple,
 )
 from stepweave.loading.trials import Limits
@@ -91,7 +92,13 @@ class ServedModel:
         self.inpaint = pipeline if takes_masks else edit_pipeline(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
-        self._multiple, native = size_multiple(pipeline), (self.width, self.height)
+        self._multiple = size_multiple(pipeline)
+        if call.needs_images and not {"width", "height"} & call.takes:
+            # it has no size of its own: results are as large as their images
+            self.width, self.height = width, height = nearest_size(
+                (width, height), self._multiple, None, settings.max_pixels
+            )
+        native = self.width, self.height
         sizes = SizeLimits(
             self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=native
         )
@@ -243,6 +250,11 @@ class ServedModel:
         call, limits = described(pipeline), self._limits[_kind(sources)]
         if "prompt" in call.takes:
             check_prompt(request.prompt)
+        for name, images in () if sources is None else sources.images.items():
+            if len(images) > 1 and call.name_of(name) not in self._several.get(call.pipeline, ()):
+                raise InvalidRequestError(
+                    f"{name} is given {len(images)} times; {call.pipeline} takes one.", param=name
+                )
         if n > limits.images:
             raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
         given = self._resolve_arguments(request.arguments(), pipeline, n, limits)
@@ -428,7 +440,7 @@ class ServedModel:
 
     def _check_images(self, call: CallDescription, sources: Sources) -> None:
         named: dict[str, str] = {}
-        for given, images in sources.images.items():
+        for given in sources.images:
             name = call.name_of(given)
             if name is None:
                 raise InvalidRequestError(
@@ -441,11 +453,6 @@ class ServedModel:
                     f"{named[name]} and {given} are both set; they mean the same.", param=given
                 )
             named[name] = given
-            if len(images) > 1 and name not in self._several.get(call.pipeline, ()):
-                raise InvalidRequestError(
-                    f"{given} is given {len(images)} times; {call.pipeline} takes one.",
-                    param=given,
-                )
         if any(name not in named for name in call.needs_images):
             raise self._missing(call, named)
 
