@@ -178,7 +178,7 @@ def _numbers(pipeline: type[Any]) -> dict[str, Any]:
 
 
 def _values(preset: Preset) -> dict[str, Any]:
-    values = preset.model_dump(exclude_none=True)
+    values = preset.model_dump(exclude_none=True, exclude={"limits"})
     call: dict[str, Any] = values.pop("call")
     if "width" in values:
         values = {"size": f"{values.pop('width')}x{values.pop('height')}", **values}

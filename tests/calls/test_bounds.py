@@ -9,7 +9,7 @@ import pytest
 
 from stepweave.calls import Bounds, RequestFields, WorkLimits, described, fields_of
 from stepweave.calls.bounds import LARGEST_NUMBER, bounds_of
-from tests.calls.test_description import images
+from tests.support.calls import image_calls
 
 LIMITS = WorkLimits(
     steps=50, images=4, side=2048, pixels=2**20, characters=300, train_timesteps=1000, classes=10
@@ -71,7 +71,7 @@ def test_a_list_of_timesteps_is_no_longer_than_the_most_steps() -> None:
 
 def test_every_default_of_diffusers_is_within_its_bounds() -> None:
     """But for numbers of steps and pixels, whose limits are the operator's."""
-    for call in images():
+    for call in image_calls():
         fields = fields_of([call], {}, {}, LIMITS)
         for name, field in fields.arguments.items():
             default = field.argument.default

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stepweave.calls import CallDescription, Kind, described
-from tests.pipelines.catalog import exported
+from tests.support.calls import image_calls
 from tests.support.tiny import FAMILIES
 
 # Of diffusers 0.42: all whose results are no images
@@ -54,12 +54,6 @@ def call(name: str) -> CallDescription:
     return described(getattr(diffusers, f"{name}Pipeline"))
 
 
-def images() -> list[CallDescription]:
-    """Of all pipelines that make images."""
-    found = [described(getattr(diffusers, name)) for name in sorted(exported())]
-    return [one for one in found if one.kind == "image"]
-
-
 @pytest.mark.parametrize("expected", OTHERS)
 def test_what_makes_no_images_is_told_apart(expected: Kind) -> None:
     names = OTHERS[expected].split()
@@ -80,7 +74,7 @@ def test_every_family_of_the_tests_makes_images_and_needs_nothing_unknown() -> N
 
 def test_nothing_but_texts_numbers_flags_and_images_is_offered() -> None:
     """By what the pipelines' signatures say, not by what we made of it."""
-    described_calls = images()
+    described_calls = image_calls()
     assert len(described_calls) > 190
     for one in described_calls:
         parameters = inspect.signature(getattr(diffusers, one.pipeline).__call__).parameters
@@ -97,7 +91,7 @@ def test_nothing_but_texts_numbers_flags_and_images_is_offered() -> None:
 
 def test_all_numbers_flags_and_texts_of_signatures_are_offered() -> None:
     left: dict[str, set[str]] = {}
-    for one in images():
+    for one in image_calls():
         parameters = inspect.signature(getattr(diffusers, one.pipeline).__call__).parameters
         for name, parameter in parameters.items():
             plain = {"int", "float", "bool", "str", "int | None", "float | None", "bool | None"}
@@ -181,7 +175,7 @@ def test_the_result_and_the_number_of_images_are_found_by_their_names() -> None:
 def test_arguments_are_described_by_the_docstring() -> None:
     text = call("StableDiffusion").arguments["clip_skip"].description
     assert text.startswith("Number of layers to be skipped from CLIP")
-    described_ones = [bool(one.description) for c in images() for one in c.arguments.values()]
+    described_ones = [bool(one.description) for c in image_calls() for one in c.arguments.values()]
     assert sum(described_ones) > 0.8 * len(described_ones)
 
 
