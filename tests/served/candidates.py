@@ -36,6 +36,9 @@ INTEGERS = (1, 2, 3, 17, 0)
 TEXTS = ("blue", "two small rings")
 LISTS: dict[str, tuple[list[Any], ...]] = {  # by a part of the argument's name
     "sigmas": ([1.0, 0.7, 0.5, 0.2], [10.0, 4.0, 1.0, 0.1]),
+    # of Wuerstchen, from 1 to 0
+    "prior_timesteps": ([1.0, 0.7, 0.3, 0.0],),
+    "decoder_timesteps": ([1.0, 0.7, 0.3, 0.0],),
     "timesteps": ([900, 600, 300, 1], [999, 749, 499, 249]),
     "size": ([32, 32], [8, 24]),
     "coords": ([4, 8],),

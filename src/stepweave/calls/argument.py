@@ -85,9 +85,13 @@ def read_argument(
         unknown = annotation in (None, Any)  # then the name has to do
         if unknown or _mentions(annotation, Image.Image) or _only_tensors(annotation, description):
             kind: ArgumentType = "mask" if _MASK.search(name) else "image"
-            several = any(
-                get_origin(part) in _LISTS and _mentions(part, Image.Image)
-                for part in parts_of(annotation)
+            several = (
+                unknown
+                or _only_tensors(annotation, description)
+                or any(
+                    get_origin(part) in _LISTS and _mentions(part, Image.Image)
+                    for part in parts_of(annotation)
+                )
             )
             return Argument(name, kind, None, None, required, several, description)
     value = _value_type(annotation)

@@ -66,6 +66,8 @@ def bounds_of(name: str, default: Any, *, integer: bool, limits: WorkLimits) -> 
     if integer:
         if name == "class_labels":
             return Bounds(0, (limits.classes or limits.train_timesteps) - 1, limits.images)
+        if name.startswith("original_") and _STEPS.search(name):  # a table's, not a loop's
+            return Bounds(1, limits.train_timesteps)
         if _STEPS.search(name):
             return Bounds(1 if "inference" in name else 0, limits.steps)
         if multiplies_work(name):

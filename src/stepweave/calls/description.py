@@ -100,6 +100,12 @@ class CallDescription:
         return "original_image" if "original_image" in self.images else self.image
 
     @property
+    def draws_for_images(self) -> bool:
+        """Whether a call draws random numbers for the image that it begins with: then it needs one
+        for each result, else all but the first have other numbers."""
+        return "strength" in self.takes or self.mask is not None
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """Arguments with numbers of denoising steps."""
         names = (name for name in self.takes if name.endswith("num_inference_steps"))

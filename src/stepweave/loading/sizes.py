@@ -18,7 +18,8 @@ NARROW = 4
 class SizeLimits:
     """Sides in pixels are multiples of `multiple`, at least `min_side`, and at most `max_side`
     unless that is None; their product is at most `max_pixels`. With `only`, there is one size,
-    (width, height). The size `native` is always allowed."""
+    (width, height). The size `native` is always allowed. With `area`, only the proportions of a
+    size count: all images have about as many pixels."""
 
     multiple: int
     max_side: int | None
@@ -26,8 +27,11 @@ class SizeLimits:
     min_side: int = 1
     only: tuple[int, int] | None = None
     native: tuple[int, int] | None = None
+    area: int | None = None
 
     def __str__(self) -> str:
+        if self.area is not None:
+            return f"The proportions count: the model makes images of about {self.area} pixels."
         if self.only is not None:
             return "{}x{} only.".format(*self.only)
         return (

@@ -24,6 +24,7 @@ SLIGHT = 1.01  # the least guidance for pipelines that need some
 # a pipeline whose image has this many times the requested pixels, near its native number, ignores
 # the requested size
 LARGER = 4
+WIDE = 0.75  # how near to the proportions that were asked for those of an image are
 FINER = 16  # multiples are tried up to this many times that of the configuration
 SHORT = 10  # characters of a prompt that is known to work
 
@@ -156,7 +157,17 @@ def _about(sizes: SizeLimits, native: Size) -> SizeLimits:
 
 
 def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
-    fixed = replace(sizes, only=native)
+    return (
+        _multiples(sizes, native, attempt)
+        or _multiples_of_native(sizes, native, attempt)
+        or _proportions(sizes, native, attempt)
+        or replace(sizes, only=native)
+    )
+
+
+def _multiples(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
+    """Sizes in multiples of a number like that of the configuration; None if none of them works, or
+    if the pipeline ignores the size."""
     multiple = sizes.multiple
     while multiple <= min(FINER * sizes.multiple, *native):
         side = multiple
@@ -166,15 +177,40 @@ def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
                 break
             made = 0 if fault.made is None else math.prod(fault.made)
             if made >= LARGER * side * side and 2 * made >= math.prod(native):
-                return fixed  # it ignores the requested size
+                return None  # it ignores the requested size
             side *= 2
         else:
-            return fixed
+            return None
         tried = replace(sizes, multiple=multiple, min_side=side)
         if attempt(_uneven(tried)) is None:
             return _long_sides(tried, native, attempt)
         multiple *= 2
-    return fixed
+    return None
+
+
+def _multiples_of_native(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
+    """Sizes in multiples of the native one, if twice its width works."""
+    side, twice = math.gcd(*native), (2 * native[0], native[1])
+    tried = replace(sizes, multiple=side, min_side=side)
+    if side < sizes.multiple or twice[0] > sizes.longest or math.prod(twice) > sizes.max_pixels:
+        return None
+    if attempt(twice) is not None:
+        return None
+    return _long_sides(tried, native, attempt)
+
+
+def _proportions(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
+    """Sizes of which only the proportions count, if a wide image has those that were asked for,
+    though not the size."""
+    width, height = native
+    if 2 * width > sizes.longest or 2 * width * height > sizes.max_pixels:
+        return None
+    fault = attempt((2 * width, height))
+    if fault is None or fault.made is None:
+        return None
+    wide = fault.made[0] / fault.made[1]
+    follows = WIDE * 2 * width / height <= wide <= 2 * width / height / WIDE
+    return replace(sizes, area=math.prod(native)) if follows else None
 
 
 def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:

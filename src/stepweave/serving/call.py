@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from stepweave.calls import CallDescription, described
+from stepweave.calls import described
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
@@ -180,7 +181,7 @@ def call_arguments(
         **({} if call.count is None else {call.count: parameters.n}),
         "strength": parameters.strength,
         **parameters.arguments,
-        **_images(call, parameters, enlargement),
+        **_images(pipeline, parameters, enlargement),
     }
     return {
         **default_arguments(pipeline, always),
@@ -192,23 +193,36 @@ def call_arguments(
     }
 
 
-def _images(call: CallDescription, parameters: Parameters, enlargement: int) -> dict[str, Any]:
+def scales_images(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline scales images itself to the width and height that it takes, and
+    with another filter than most, which have an image processor for it."""
+    sized = {"width", "height"} <= described(pipeline).takes
+    own = isinstance(pipeline, DiffusionPipeline) and not hasattr(pipeline, "image_processor")
+    return sized and own
+
+
+def _images(pipeline: Any, parameters: Parameters, enlargement: int) -> dict[str, Any]:
     """The image arguments of a call. The image that has the size of the result, and masks, are
     resized to the requested size; others, which are references, stay as they are."""
     if parameters.sources is None:
         return {}
-    size = parameters.width // enlargement, parameters.height // enlargement
+    call, size = (
+        described(pipeline),
+        (
+            parameters.width // enlargement,
+            parameters.height // enlargement,
+        ),
+    )
+    scaled = None if scales_images(pipeline) else call.scaled
     found: dict[str, Any] = {}
     for given, images in parameters.sources.images.items():
         name = call.name_of(given)
         if name is None:
             continue
         argument = call.images[name]
-        if name == call.scaled or (argument.type == "mask" and call.scaled is not None):
+        if name == scaled or (argument.type == "mask" and scaled is not None):
             images = tuple(_resized(image, size) for image in images)
-        if name == call.scaled and len(images) == 1:
-            # a copy for each output: with a single one, pipelines use only the first generator, or
-            # fail
+        if name == call.scaled and len(images) == 1 and call.draws_for_images and argument.several:
             images *= parameters.n
         found[name] = images[0] if len(images) == 1 else list(images)
     return found

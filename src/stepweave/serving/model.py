@@ -49,6 +49,7 @@ from stepweave.serving.call import (
     default_of,
     default_strength,
     resolve_strength,
+    scales_images,
 )
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from stepweave.serving.names import names_of
@@ -104,6 +105,8 @@ class ServedModel:
         )
         check_size(pipeline, preset, native, (width, height), sizes)
         self.default_steps = preset.num_inference_steps or _default_steps(pipeline)
+        if "num_inference_steps" not in call.takes:  # it has a number for each of its stages
+            self.default_steps = min(self.default_steps, settings.max_steps)
         self.default_guidance: float | None = preset.guidance_scale
         if self.default_guidance is None:
             self.default_guidance = default_of(pipeline, "guidance_scale")
@@ -369,7 +372,7 @@ class ServedModel:
         if the size or the kind of edit is not supported."""
         kind = INPAINTING if masked else IMAGE_TO_IMAGE
         pipeline = self._pipeline_of_edits(masked=masked)
-        if described(pipeline).scaled is None:
+        if described(pipeline).scaled is None or scales_images(pipeline):
             return self.size_of_reference(source)
         return self.size_of_image(kind, self._size(size, kind, source))
 

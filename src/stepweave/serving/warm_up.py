@@ -72,7 +72,7 @@ class WarmUp:
         self._engine = engine
         self._native = model.width, model.height
         self._until = time.monotonic() + TRIAL_SECONDS
-        self._prompt = PROMPT
+        self._prompt, self._steps = PROMPT, STEPS
 
     def run(self) -> None:
         settings, engine, native = self._model.settings, self._engine, self._native
@@ -107,17 +107,23 @@ class WarmUp:
         self._profile(half, most)
 
     def _first(self) -> Any:
-        """The model's first image. A pipeline that refuses a prompt in words is asked in JSON."""
-        try:
-            return self.run_together(self._native, 1)[0]
-        except Exception as error:
-            if refusal_of(error) is None or "prompt" not in described(self._model.pipeline).takes:
-                raise
-            self._prompt = JSON_PROMPT
+        """The model's first image. A pipeline that refuses a prompt in words is asked in JSON, and
+        one that fails with few steps runs as many as it does by default."""
+        model = self._model
+        ways = [(PROMPT, STEPS), (JSON_PROMPT, STEPS), (PROMPT, model.default_steps)]
+        first: Exception | None = None
+        for self._prompt, self._steps in ways:
+            refused = first is not None and refusal_of(first) is not None
+            if first is not None and (self._prompt == JSON_PROMPT) is not refused:
+                continue
             try:
                 return self.run_together(self._native, 1)[0]
-            except Exception:
-                raise error from None
+            except (RequestError, DeviceFailedError, OutOfMemoryError, NonFiniteError):
+                raise
+            except Exception as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def _measure(self, image: Any) -> Size:
         """Adopt the size of the model's first image, if it is another one than was asked for: some
@@ -161,7 +167,9 @@ class WarmUp:
             given = "image" if name == call.image else name
             if sources is None or name == call.scaled or given not in sources.images:
                 continue
-            two = (*sources.images[given], _image(self._native, 90))
+            # darker, so that not even their means are equal
+            other = _image(self._native, 90).point(lambda level: level // 3)
+            two = (*sources.images[given], other)
             several = replace(sources, images={**sources.images, given: two})
             results = [
                 self._made(replace(self._parameters(self._native, kind), sources=one))
@@ -289,7 +297,7 @@ class WarmUp:
             height=size[1],
             n=1,
             seed=index,
-            num_inference_steps=2 * STEPS if strong else STEPS + index % 3,
+            num_inference_steps=2 * self._steps if strong else self._steps + index % 3,
             guidance_scale=guidance,
             strength=STRENGTH if strong else None,
             sources=self._sources(kind, size, index),
