@@ -364,4 +364,6 @@ async def read_images(
         return served.size_of_edit(source, size, masked=masked)
 
     with form.used():
-        return await server.decoders.read_sources(form.files, leading, fit)
+        return await server.decoders.read_sources(
+            form.files, leading, fit, alpha=served.takes_alpha
+        )

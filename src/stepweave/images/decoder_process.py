@@ -15,6 +15,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
 from stepweave.images.uploads import NotWanted, Size, Upload, read_sources
@@ -40,13 +41,14 @@ def main(descriptor: int, max_pixels: int) -> None:
                 for file in asked["files"]
             ]
             signal.alarm(LAST_SECONDS)
-            for message in _answer(connection, files, asked["leading"], max_pixels):
+            options = {"leading": asked["leading"], "alpha": asked["alpha"]}
+            for message in _answer(connection, files, options, max_pixels):
                 connection.send_bytes(message)
             signal.alarm(0)
 
 
 def _answer(
-    connection: Connection, files: list[Upload], leading: str, max_pixels: int
+    connection: Connection, files: list[Upload], options: dict[str, Any], max_pixels: int
 ) -> list[bytes]:
     def fit(name: str, size: Size, masked: bool) -> Size:
         asked = {"name": name, "size": size, "masked": masked}
@@ -57,7 +59,7 @@ def _answer(
         return (wanted[0], wanted[1])
 
     try:
-        sources = read_sources(files, leading=leading, max_pixels=max_pixels, fit=fit)
+        sources = read_sources(files, max_pixels=max_pixels, fit=fit, **options)
     except NotWanted:  # the server refuses the size, or the kind of edit
         return []
     except (InvalidRequestError, UnsupportedMediaTypeError) as error:

@@ -75,7 +75,12 @@ class Decoders:
         self.waiting = 0  # requests whose files are being decoded or wait for it
 
     async def read_sources(
-        self, files: Sequence[UploadedFile], leading: str = "image", fit: Fit = as_it_is
+        self,
+        files: Sequence[UploadedFile],
+        leading: str = "image",
+        fit: Fit = as_it_is,
+        *,
+        alpha: bool = False,
     ) -> Sources:
         """Call `uploads.read_sources` in a process, which is ended if the awaiting task is
         cancelled. Files are read only when a process is free, to save memory. `fit` is called on
@@ -87,7 +92,7 @@ class Decoders:
         """
         with self._lock:
             self._check_open()
-        task = _Task(files, leading, fit)
+        task = _Task(files, leading, fit, alpha=alpha)
         self.waiting += 1
         try:
             return await on_thread(self._threads, self._run, task)
@@ -159,10 +164,15 @@ class _Task:
     """The files of a request. `end` is for any thread."""
 
     def __init__(
-        self, files: Sequence[UploadedFile], leading: str = "image", fit: Fit = as_it_is
+        self,
+        files: Sequence[UploadedFile],
+        leading: str = "image",
+        fit: Fit = as_it_is,
+        *,
+        alpha: bool = False,
     ) -> None:
         self._files = files
-        self._leading = leading
+        self._options = {"leading": leading, "alpha": alpha}
         self._fit = fit
         self.ended: str | None = None  # the reason: cancelled or slow
         self._process: _Process | None = None  # runs the task
@@ -184,7 +194,7 @@ class _Task:
         timer.daemon = True
         timer.start()
         try:
-            return process.decode(self._files, self._leading, self._fit)
+            return process.decode(self._files, self._options, self._fit)
         except (EOFError, OSError):
             raise self._died(process) from None
         finally:
@@ -245,13 +255,13 @@ class _Process:
             "The process that decodes images did not start.", code="decoder_failed"
         )
 
-    def decode(self, files: Sequence[UploadedFile], leading: str, fit: Fit) -> Sources:
+    def decode(self, files: Sequence[UploadedFile], options: dict[str, Any], fit: Fit) -> Sources:
         """Decode a request's files. Raises the process's error, that of `fit`, or EOFError or
         OSError if it dies."""
         self.usable = False
         connection = self._connection
         told = [{"name": file.name, "is_mask": file.is_mask} for file in files]
-        connection.send_bytes(json.dumps({"files": told, "leading": leading}).encode())
+        connection.send_bytes(json.dumps({"files": told, **options}).encode())
         for file in files:
             content = file.content
             if isinstance(content, bytes):

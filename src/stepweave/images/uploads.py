@@ -67,12 +67,18 @@ class _Decoded:
 
 
 def read_sources(
-    files: Sequence[Upload], *, leading: str, max_pixels: int, fit: Fit | None = None
+    files: Sequence[Upload],
+    *,
+    leading: str,
+    max_pixels: int,
+    fit: Fit | None = None,
+    alpha: bool = False,
 ) -> Sources:
     """Decode the images of a request: in sRGB, rotated by their EXIF orientation, and scaled to the
     size that `fit` returns; without `fit` they keep their size. Masks are scaled to the size of the
     image named `leading`, whose transparency is the mask if there is no other. The module `masks`
-    has the rule of what is repainted.
+    has the rule of what is repainted. With `alpha`, images are RGBA, and their transparency is no
+    mask.
 
     Raises InvalidRequestError, with the file in `param`, UnsupportedMediaTypeError for another
     format, and errors of `fit`; also if all images together have more than `max_pixels`.
@@ -93,7 +99,9 @@ def read_sources(
         leads = lead is None and file.name == leading
 
         def fitted(size: Size, holes: bool, name: str = file.name, leads: bool = leads) -> Size:
-            return size if fit is None else fit(name, size, masked or (leads and holes))
+            return (
+                size if fit is None else fit(name, size, masked or (leads and holes and not alpha))
+            )
 
         decoded = _decode(file.data, label, left, fitted)
         left -= math.prod(decoded.size)
@@ -104,9 +112,10 @@ def read_sources(
             )
         if leads:
             lead = decoded
-            if not masked and masks.has_holes(decoded.alpha):
+            if not masked and not alpha and masks.has_holes(decoded.alpha):
                 stencil = masks.of_alpha(decoded.image)
-        found[file.name] = (*found.get(file.name, ()), _flat(decoded.image))
+        image = decoded.image.convert("RGBA") if alpha else _flat(decoded.image)
+        found[file.name] = (*found.get(file.name, ()), image)
     if stencil is not None:
         found["mask"] = (stencil,)
         _warn_of_nothing(stencil, "mask", warnings)

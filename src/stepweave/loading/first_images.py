@@ -53,8 +53,8 @@ def check_images(
         )
     if any(constant):
         logger.warning("%d of %d first images are of one colour", sum(constant), len(constant))
-    apart = float(np.abs(first - others[0]).mean()) if first.shape == others[0].shape else 1.0
-    if apart > (MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION):
+    apart = _apart(first, others[0])
+    if apart > _most_apart(dtype):
         raise LoadError(
             f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: "
             "something in the pipeline draws random numbers that do not depend on the seed, such "
@@ -65,6 +65,19 @@ def check_images(
         "are finite, %d of one colour",
         apart, len(others), sum(constant),
     )  # fmt: skip
+
+
+def agree(image: Any, other: Any, dtype: torch.dtype) -> bool:
+    """Whether two images are the same, but for what sharing forwards may change."""
+    return _apart(_pixels(image), _pixels(other)) <= _most_apart(dtype)
+
+
+def _apart(pixels: Pixels, others: Pixels) -> float:
+    return float(np.abs(pixels - others).mean()) if pixels.shape == others.shape else 1.0
+
+
+def _most_apart(dtype: torch.dtype) -> float:
+    return MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION
 
 
 def _pixels(image: Any) -> Pixels:

@@ -159,8 +159,7 @@ def _about(sizes: SizeLimits, native: Size) -> SizeLimits:
 def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
     return (
         _multiples(sizes, native, attempt)
-        or _multiples_of_native(sizes, native, attempt)
-        or _proportions(sizes, native, attempt)
+        or _wider(sizes, native, attempt)
         or replace(sizes, only=native)
     )
 
@@ -188,29 +187,19 @@ def _multiples(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits 
     return None
 
 
-def _multiples_of_native(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
-    """Sizes in multiples of the native one, if twice its width works."""
-    side, twice = math.gcd(*native), (2 * native[0], native[1])
-    tried = replace(sizes, multiple=side, min_side=side)
-    if side < sizes.multiple or twice[0] > sizes.longest or math.prod(twice) > sizes.max_pixels:
+def _wider(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
+    """Sizes in multiples of the native one, if twice its width works; or of which only the
+    proportions count, if such an image has those, though not the size."""
+    side, wide = math.gcd(*native), (2 * native[0], native[1])
+    if side < sizes.multiple or wide[0] > sizes.longest or math.prod(wide) > sizes.max_pixels:
         return None
-    if attempt(twice) is not None:
+    fault = attempt(wide)
+    if fault is None:
+        return _long_sides(replace(sizes, multiple=side, min_side=side), native, attempt)
+    if fault.made is None:
         return None
-    return _long_sides(tried, native, attempt)
-
-
-def _proportions(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
-    """Sizes of which only the proportions count, if a wide image has those that were asked for,
-    though not the size."""
-    width, height = native
-    if 2 * width > sizes.longest or 2 * width * height > sizes.max_pixels:
-        return None
-    fault = attempt((2 * width, height))
-    if fault is None or fault.made is None:
-        return None
-    wide = fault.made[0] / fault.made[1]
-    follows = WIDE * 2 * width / height <= wide <= 2 * width / height / WIDE
-    return replace(sizes, area=math.prod(native)) if follows else None
+    share = fault.made[0] * wide[1] / (fault.made[1] * wide[0])
+    return replace(sizes, area=math.prod(native)) if WIDE <= share <= 1 / WIDE else None
 
 
 def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:

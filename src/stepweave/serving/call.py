@@ -160,11 +160,16 @@ def _has_numbers(default: Any) -> bool:
 
 
 def call_arguments(
-    pipeline: Any, always: Mapping[str, Any], parameters: Parameters, enlargement: int = 1
+    pipeline: Any,
+    always: Mapping[str, Any],
+    parameters: Parameters,
+    *,
+    enlargement: int = 1,
+    copies: bool = True,
 ) -> dict[str, Any]:
     """The keyword arguments of a pipeline's call, for n RGB images of height x width; `always` are
     the preset's, for what the request does not set. The image that the call begins with has a side
-    of 1 / `enlargement` of the result's."""
+    of 1 / `enlargement` of the result's; with `copies`, there is one for each result."""
     arguments, call = arguments_of(pipeline), described(pipeline)
     # always on the CPU: a seed then gives the same noise on every device
     generators = [
@@ -181,7 +186,7 @@ def call_arguments(
         **({} if call.count is None else {call.count: parameters.n}),
         "strength": parameters.strength,
         **parameters.arguments,
-        **_images(pipeline, parameters, enlargement),
+        **_images(pipeline, parameters, enlargement, copies=copies),
     }
     return {
         **default_arguments(pipeline, always),
@@ -201,7 +206,9 @@ def scales_images(pipeline: Any) -> bool:
     return sized and own
 
 
-def _images(pipeline: Any, parameters: Parameters, enlargement: int) -> dict[str, Any]:
+def _images(
+    pipeline: Any, parameters: Parameters, enlargement: int, *, copies: bool
+) -> dict[str, Any]:
     """The image arguments of a call. The image that has the size of the result, and masks, are
     resized to the requested size; others, which are references, stay as they are."""
     if parameters.sources is None:
@@ -222,7 +229,7 @@ def _images(pipeline: Any, parameters: Parameters, enlargement: int) -> dict[str
         argument = call.images[name]
         if name == scaled or (argument.type == "mask" and scaled is not None):
             images = tuple(_resized(image, size) for image in images)
-        if name == call.scaled and len(images) == 1 and call.draws_for_images and argument.several:
+        if copies and name == (call.scaled or call.image) and len(images) == 1:
             images *= parameters.n
         found[name] = images[0] if len(images) == 1 else list(images)
     return found

@@ -138,6 +138,10 @@ class ServedModel:
         }
         # of results: how many times as long as those of the image that the call begins with
         self._enlargements: dict[str, int] = {}
+        # whether a request's image is passed once for each result
+        self._copies = {
+            kind: described(one).draws_for_images for kind, one in self.pipelines().items()
+        }
         self._several: dict[str, frozenset[str]] = {}  # images of which a pipeline takes several
         self.fields = self._fields()
 
@@ -491,6 +495,19 @@ class ServedModel:
                     return name
         return "image" if "image" in given else next(iter(given))
 
+    def copies_images(self, kind: str, copies: bool | None = None) -> bool:
+        """Whether the image of a request of a kind is passed once for each result; set it with
+        `copies`."""
+        if copies is not None:
+            self._copies[kind] = copies
+        return self._copies[kind]
+
+    @property
+    def takes_alpha(self) -> bool:
+        """Whether the pipeline's autoencoder takes images with transparency."""
+        config = getattr(getattr(self.pipeline, "vae", None), "config", {})
+        return 4 in (config.get("in_channels"), config.get("input_channels"))
+
     def takes_several(self, pipeline: Any, name: str) -> None:
         """Note that a pipeline takes several images of that name."""
         kind = type(pipeline).__name__
@@ -630,8 +647,15 @@ class ServedModel:
         chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
         if parameters.scheduler is not None:
             chosen["scheduler"] = self.schedulers[parameters.scheduler]
-        enlargement = self._enlargements.get(_kind(parameters.sources), 1)
-        return {**chosen, **call_arguments(pipeline, self.preset.call, parameters, enlargement)}
+        kind = _kind(parameters.sources)
+        arguments = call_arguments(
+            pipeline,
+            self.preset.call,
+            parameters,
+            enlargement=self._enlargements.get(kind, 1),
+            copies=self._copies[kind],
+        )
+        return {**chosen, **arguments}
 
 
 def _leading(call: CallDescription, sources: Sources) -> Image.Image:

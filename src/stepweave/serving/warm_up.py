@@ -23,8 +23,8 @@ from stepweave.errors import (
     OutOfMemoryError,
     RequestError,
 )
-from stepweave.images.outputs import images_of, outputs_of
-from stepweave.loading.first_images import check_images
+from stepweave.images.outputs import has_parts, images_of, outputs_of
+from stepweave.loading.first_images import agree, check_images
 from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import takes
@@ -157,6 +157,7 @@ class WarmUp:
                     self._model.drop(kind)
                     continue
             self._try_several(kind, pipeline)
+            self._try_copies(kind, pipeline)
 
     def _try_several(self, kind: str, pipeline: Any) -> None:
         """Run a job with two images in place of one, where the call's annotation allows a list that
@@ -179,6 +180,29 @@ class WarmUp:
             if one and both and len(both) == 1 and one[0].tobytes() != both[0].tobytes():
                 self._model.takes_several(pipeline, name)
 
+    def _try_copies(self, kind: str, pipeline: Any) -> None:
+        """Find out whether a pipeline makes several images of one that is passed once, or once for
+        each: image 1 of a job must be that of the next seed. If neither works, it makes one at a
+        time."""
+        model, parameters = self._model, self._parameters(self._native, kind)
+        limits = model.limits_of(kind)
+        if kind == TEXT_TO_IMAGE or limits.images == 1:
+            return
+        second = self._made(replace(parameters, seed=parameters.seed + 1))
+        usual = model.copies_images(kind)
+        for copies in (usual, not usual):
+            model.copies_images(kind, copies)
+            both = self._made(replace(parameters, n=2))
+            if both and second and len(both) == 2 * len(second):
+                if agree(both[len(second)], second[0], _dtype(pipeline)):
+                    return
+        logger.warning(
+            "%s: images of one request are not those of their seeds; max_images is 1",
+            type(pipeline).__name__,
+        )
+        model.copies_images(kind, usual)
+        model.keep_to(kind, replace(limits, images=1))
+
     def _made(self, parameters: Parameters) -> list[Image.Image] | None:
         """The images of a job; None if it fails for its parameters."""
         try:
@@ -187,7 +211,7 @@ class WarmUp:
         except (RequestError, DeviceFailedError):
             raise
         except Exception as error:
-            logger.info("warm-up: several images are not taken (%s)", reason_of(error))
+            logger.info("warm-up: several images in a job fail (%s)", reason_of(error))
             return None
 
     def trials(self) -> None:
@@ -254,6 +278,8 @@ class WarmUp:
                 else (max(size[0], LEAST_REFERENCE), max(size[1], LEAST_REFERENCE))
             )
             made = _mask(fit) if mask else _image(fit, 90 * index)
+            if model.takes_alpha and not mask:
+                made = made.convert("RGBA")
             given = {call.image: "image", call.mask: "mask"}.get(name, name)
             images[given] = (made,)
         return Sources(images)
@@ -311,7 +337,8 @@ class WarmUp:
             f"{len(parameters.prompt)} characters"
         )
         try:
-            images = self._images(self._engine.submit(**self._model.call(parameters)).result())
+            output = self._engine.submit(**self._model.call(parameters)).result()
+            images = self._images(output)
             sizes = [image.size for image in images]
         except DeviceFailedError as error:
             raise LoadError(
@@ -326,7 +353,8 @@ class WarmUp:
         except Exception as error:
             fault = Fault(reason_of(error))
         else:
-            if len(images) != count:
+            each, left = divmod(len(images), count)
+            if left or not images or (each > 1 and not has_parts(output)):
                 fault = Fault(f"{len(images)} images instead of {count}")
             else:
                 wrong = next((made for made in sizes if made != size), None)
