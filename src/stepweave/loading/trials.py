@@ -106,9 +106,11 @@ def narrowed(
         sizes = like.sizes if like is not None and same else _sizes(limits.sizes, native, attempt)
     if like is not None and sizes.only is not None:
         sizes = _about(limits.sizes, native)
-    free = sizes.only is None and own is None
+    free = sizes.only is None and sizes.area is None and own is None
     small = (sizes.min_side, sizes.min_side) if free else native
     uneven = _uneven(sizes) if free else native  # where a wrong size would show
+    if math.prod(uneven) > sizes.max_pixels or max(uneven) > sizes.longest:
+        uneven = native
 
     def makes(count: int) -> bool:
         return not fails(small, images=count) if own else attempt(uneven, images=count) is None
