@@ -112,7 +112,7 @@ def _candidates(entry: Entry, plain: Plain, base: Case) -> Iterator[tuple[str, l
         width, height = (base.arguments[name] for name in _SIZES)
         sizes = ((2 * width, height), (2 * width, 2 * height))
         yield "size", [base.with_changes("size", width=w, height=h) for w, h in sizes]
-    if plain.takes_count is not None and plain.takes_lists:
+    if plain.makes_several(base):
         yield "n", [replace(base, name="n", n=2)]
 
 

@@ -76,16 +76,31 @@ class Plain:
         """The argument for the number of images."""
         return next((name for name in COUNTS if name in self.parameters), None)
 
+    def makes_several(self, case: Case) -> bool:
+        """Whether the plain call makes two images where it is asked for two."""
+        if self.takes_count is None or not self.takes_lists:
+            return False
+        changes = {self.takes_count: 2}
+        try:
+            once = self.images(case)
+            return len(self._call(case, case.seed, case.seed + 1, **changes)) == 2 * len(once)
+        except Exception:
+            self.load()
+            return False
+
     def images(self, case: Case) -> list[np.ndarray]:
         """The images of a call: height x width x 3 or 4 bytes each. Of several, each is that of a
         call with a seed of its own, as image i of n has seed + i in every answer."""
         if case.n != 1:
             ones = [replace(case, n=1, seed=case.seed + i) for i in range(case.n)]
             return [image for one in ones for image in self.images(one)]
+        return self._call(case, case.seed)
+
+    def _call(self, case: Case, *seeds: int, **changes: Any) -> list[np.ndarray]:
         kind = type(self.pipeline).__name__
-        arguments = dict(case.arguments)
-        generator = torch.Generator("cpu").manual_seed(case.seed)
-        arguments["generator"] = [generator] if self.takes_lists else generator
+        arguments = {**case.arguments, **changes}
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        arguments["generator"] = generators if self.takes_lists else generators[0]
         if kind in OUTPUT_TYPES:
             arguments["output_type"] = OUTPUT_TYPES[kind]
         output = self.pipeline(**arguments)

@@ -94,8 +94,8 @@ class ServedModel:
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
         self._multiple = size_multiple(pipeline)
-        if call.needs_images and not {"width", "height"} & call.takes:
-            # it has no size of its own: results are as large as their images
+        if not {"width", "height"} & call.takes:
+            # its size is not asked for: that of its images, or of its networks, to be seen
             self.width, self.height = width, height = nearest_size(
                 (width, height), self._multiple, None, settings.max_pixels
             )
