@@ -113,7 +113,11 @@ def narrowed(
         uneven = native
 
     def makes(count: int) -> bool:
-        return not fails(small, images=count) if own else attempt(uneven, images=count) is None
+        if own:
+            return not fails(small, images=count)
+        fault = attempt(uneven, images=count)
+        # a wrong size speaks against several only if one alone has the right one
+        return fault is None or (fault.made is not None and attempt(uneven) == fault)
 
     images = _most(limits.images, 1, makes)
     if like is None:

@@ -122,7 +122,8 @@ class Tap:
         self._wrapped: list[Any] = []
         for part in pipelines_in(view):
             for scheduler in list(vars(part).values()):
-                if hasattr(scheduler, "set_timesteps") and "step" not in vars(scheduler):
+                steps = hasattr(scheduler, "set_timesteps") and hasattr(type(scheduler), "step")
+                if steps and "step" not in vars(scheduler):
                     self._wrap(scheduler)
 
     def end(self) -> None:
