@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stepweave.api.middleware.native_schema import with_model
 from stepweave.api.routes.openai import NO_STREAM
 from tests.support.asgi import serving
 from tests.support.bodies import natively
@@ -485,3 +487,42 @@ class OwnEdits(Own):
             clip_skip=clip_skip, tiled=tiled, edit_threshold=edit_threshold,
             num_images_per_prompt=num_images_per_prompt, generator=generator,
         )  # fmt: skip
+
+
+# --- BentoML's own description ---
+
+
+def test_bentomls_clients_are_told_of_arguments_and_images(
+    editing: InProcess, own: InProcess
+) -> None:
+    def schema(app: InProcess) -> dict[str, Any]:
+        return with_model(copy.deepcopy(BENTOMLS), app.server.fields)
+
+    generate, edit = (route["input"] for route in schema(own)["routes"])
+    assert set(VALUES) <= set(generate["properties"]) and set(VALUES) <= set(edit["properties"])
+    assert generate["required"] == ["prompt"]
+    generate, edit = (route["input"] for route in schema(editing)["routes"])
+    assert (generate["required"], edit["required"]) == ([], [])
+    assert edit["properties"]["guide_image"]["type"] == "file"
+    assert edit["properties"]["images"]["type"] == "array"
+    assert "guide_image" not in generate["properties"]
+    assert edit["properties"]["image"] == FILE, "what BentoML says of its own stays"
+
+
+FILE = {"type": "file", "format": "image"}
+BENTOMLS: dict[str, Any] = {
+    "name": "stepweave",
+    "routes": [
+        {
+            "route": "/generate",
+            "input": {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]},
+        },
+        {
+            "route": "/edit",
+            "input": {
+                "properties": {"prompt": {"type": "string"}, "image": FILE},
+                "required": ["prompt", "image"],
+            },
+        },
+    ],
+}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from stepweave.errors import InvalidRequestError
-from stepweave.images.uploads import ORIENTATION
+from stepweave.images import uploads
+from stepweave.images.uploads import ORIENTATION, Upload
 from tests.support.uploads import read_sources
 
 LIMIT = 64 * 64
@@ -380,3 +381,63 @@ def test_whatever_the_bytes_they_are_an_image_or_refused(
     else:
         assert sources.image.mode == "RGB" and sources.mask is not None and sources.mask.mode == "L"
         assert sources.image.width * sources.image.height <= LIMIT
+
+
+# --- several images ---
+
+
+def uploads_of(**files: Image.Image) -> list[Upload]:
+    return [
+        Upload(name.rstrip("0123456789"), file_of(image), is_mask=name == "mask")
+        for name, image in files.items()
+    ]
+
+
+def test_images_of_one_name_stay_in_their_order_and_size() -> None:
+    files = uploads_of(
+        image0=Image.new("RGB", (8, 4), "red"),
+        guide=Image.new("RGB", (4, 4), "lime"),
+        image1=Image.new("RGB", (4, 8), "blue"),
+    )
+    asked: list[tuple[str, Any, bool]] = []
+
+    def fit(name: str, size: Any, masked: bool) -> Any:
+        asked.append((name, size, masked))
+        return size if name == "image" else (2, 2)
+
+    found = uploads.read_sources(files, leading="image", max_pixels=LIMIT, fit=fit)
+    assert [image.getpixel((0, 0)) for image in found.images["image"]] == [(255, 0, 0), (0, 0, 255)]
+    assert [image.size for image in found.images["image"]] == [(8, 4), (4, 8)]
+    assert found.images["guide"][0].size == (2, 2)
+    assert found.warnings == ("guide: it is 4x4, and was scaled to 2x2.",)
+    assert asked == [("image", (8, 4), False), ("image", (4, 8), False), ("guide", (4, 4), False)]
+
+
+def test_all_images_together_have_no_more_pixels_than_one_may() -> None:
+    half = Image.new("RGB", (64, 32))
+    files = uploads_of(image0=half, image1=half, guide=Image.new("RGB", (1, 1)))
+    assert uploads.read_sources(files[:2], leading="image", max_pixels=64 * 64).images
+    with pytest.raises(InvalidRequestError, match="guide is 1x1, 1 pixels; the limit is 0"):
+        uploads.read_sources(files, leading="image", max_pixels=64 * 64)
+
+
+def test_a_mask_is_of_the_leading_image() -> None:
+    files = uploads_of(
+        image=Image.new("RGB", (8, 8)),
+        original_image=Image.new("RGB", (32, 16)),
+        mask=Image.new("L", (64, 32), 255),
+    )
+    found = uploads.read_sources(files, leading="original_image", max_pixels=LIMIT)
+    assert found.mask is not None and found.mask.size == (32, 16)
+    with pytest.raises(InvalidRequestError, match="of the same proportions"):
+        uploads.read_sources(files, leading="image", max_pixels=LIMIT)
+
+
+def test_transparency_is_kept_for_a_model_that_takes_it() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    files = uploads_of(image0=clear, image1=Image.new("RGB", (8, 8), "blue"))
+    found = uploads.read_sources(files, leading="image", max_pixels=LIMIT, alpha=True)
+    assert found.mask is None
+    assert [image.mode for image in found.images["image"]] == ["RGBA", "RGBA"]
+    assert [image.getpixel((0, 0))[3] for image in found.images["image"]] == [0, 255]
+    assert uploads.read_sources(files, leading="image", max_pixels=LIMIT).mask is not None

@@ -300,6 +300,12 @@ def test_the_own_scheduler_is_not_doubted_where_no_rehearsal_of_it_runs() -> Non
     )
 
 
+def test_a_variance_that_the_denoiser_learned_is_rehearsed_with_its_channels() -> None:
+    learned = diffusers.DDPMScheduler(variance_type="learned_range")
+    pipeline = FAMILIES["stable_diffusion"].build()
+    assert problem_of(learned, pipeline, Course(4)) is None
+
+
 def test_one_with_noise_that_no_seed_decides_is_offered_for_no_steps() -> None:
     class Drawing(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         """Draws with more than one step."""

@@ -93,6 +93,8 @@ def read_argument(
                     for part in parts_of(annotation)
                 )
             )
+            if re.search("tensor|numpy", description):  # not of what a request has
+                description = ""
             return Argument(name, kind, None, None, required, several, description)
     value = _value_type(annotation)
     if value is None and type(default) in _SCALARS:

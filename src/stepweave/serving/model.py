@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
-
-from stepweave.calls import CallDescription, RequestFields, WorkLimits, described, fields_of
+from stepweave.calls import RequestFields, described, fields_of
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
@@ -37,7 +34,8 @@ from stepweave.parameters import (
     Parameters,
     Sources,
 )
-from stepweave.planning.workload import arguments_of, multiplies_work, takes
+from stepweave.planning.workload import arguments_of, takes
+from stepweave.serving.arguments import resolve_arguments, resolve_steps, work_limits
 from stepweave.serving.call import (
     call_arguments,
     check_call,
@@ -50,6 +48,15 @@ from stepweave.serving.call import (
     default_strength,
     resolve_strength,
     scales_images,
+)
+from stepweave.serving.inputs import (
+    ImageInputs,
+    at_most,
+    check_images,
+    leading_image,
+    leading_name,
+    missing,
+    takes_alpha,
 )
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from stepweave.serving.names import names_of
@@ -136,13 +143,9 @@ class ServedModel:
             )
             for kind, kind_pipeline in self.pipelines().items()
         }
-        # of results: how many times as long as those of the image that the call begins with
-        self._enlargements: dict[str, int] = {}
-        # whether a request's image is passed once for each result
-        self._copies = {
-            kind: described(one).draws_for_images for kind, one in self.pipelines().items()
-        }
-        self._several: dict[str, frozenset[str]] = {}  # images of which a pipeline takes several
+        self.inputs = ImageInputs(
+            {kind: described(one).draws_for_images for kind, one in self.pipelines().items()}
+        )
         self.fields = self._fields()
 
     def pipelines(self) -> dict[str, Any]:
@@ -157,31 +160,14 @@ class ServedModel:
         return dict(sorted(found.items(), key=lambda item: item[1] is not self.pipeline))
 
     def _fields(self) -> RequestFields:
-        settings, config = self.settings, getattr(self.pipeline, "scheduler", None)
-        denoiser = getattr(self.pipeline, "transformer", None) or getattr(
-            self.pipeline, "unet", None
+        pipelines = self.pipelines().values()
+        return fields_of(
+            dict.fromkeys(map(described, pipelines)),
+            self.preset.call,
+            self.preset.limits,
+            work_limits(self.pipeline, self.settings, self._limits[self.kind].sizes.longest),
+            self.inputs.several_of(pipelines),
         )
-        classes = (
-            getattr(getattr(denoiser, "config", None), name, None)
-            for name in ("num_embeds_ada_norm", "num_class_embeds")
-        )
-        limits = WorkLimits(
-            settings.max_steps,
-            settings.max_images,
-            self._limits[self.kind].sizes.longest,
-            settings.max_pixels,
-            settings.max_prompt_characters,
-            getattr(config, "config", {}).get("num_train_timesteps") or 1000,
-            next((number for number in classes if isinstance(number, int)), None),
-        )
-        descriptions = dict.fromkeys(map(described, self.pipelines().values()))
-        several = {
-            name
-            for pipeline in self.pipelines().values()
-            for name in ("image", *described(pipeline).images)
-            if described(pipeline).name_of(name) in self._several.get(type(pipeline).__name__, ())
-        }
-        return fields_of(descriptions, self.preset.call, self.preset.limits, limits, several)
 
     @property
     def pipeline_class(self) -> str:
@@ -257,14 +243,12 @@ class ServedModel:
         call, limits = described(pipeline), self._limits[_kind(sources)]
         if "prompt" in call.takes:
             check_prompt(request.prompt)
-        for name, images in () if sources is None else sources.images.items():
-            if len(images) > 1 and call.name_of(name) not in self._several.get(call.pipeline, ()):
-                raise InvalidRequestError(
-                    f"{name} is given {len(images)} times; {call.pipeline} takes one.", param=name
-                )
+        if sources is not None:
+            counts = {name: len(images) for name, images in sources.images.items()}
+            self.inputs.check_counts(counts, [pipeline])
         if n > limits.images:
             raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
-        given = self._resolve_arguments(request.arguments(), pipeline, n, limits)
+        given = resolve_arguments(request.arguments(), pipeline, self.preset, n, limits.images)
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **given}
         check_texts(texts, limits.prompt_characters)
         seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
@@ -273,9 +257,16 @@ class ServedModel:
                 f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.",
                 param="seed",
             )
-        leading = None if sources is None else _leading(call, sources).size
+        leading = None if sources is None else leading_image(call, sources).size
         width, height = self._size(request.size, _kind(sources), leading)
-        steps = self._resolve_steps(request.num_inference_steps, call, given)
+        steps = resolve_steps(
+            request.num_inference_steps,
+            self.default_steps,
+            self.settings.max_steps,
+            pipeline,
+            {**default_arguments(pipeline, self.preset.call), **given},
+            given,
+        )
         for name in OPTIONAL_ARGUMENTS:
             value = getattr(request, name)
             if value is not None and name not in call.takes:
@@ -301,72 +292,6 @@ class ServedModel:
             self.check_steps(parameters)
         return parameters
 
-    def _resolve_arguments(
-        self, given: Mapping[str, Any], pipeline: Any, n: int, limits: Limits
-    ) -> dict[str, Any]:
-        """Check further arguments for the pipeline of a request. Raises InvalidRequestError for one
-        that it does not take, one that is missing, and more work than `n` images may be."""
-        call = described(pipeline)
-        work = float(n)
-        for name, value in given.items():
-            if name not in call.arguments:
-                raise InvalidRequestError(
-                    f"{name} is {shown(value)}, but {call.pipeline} has no {name}.", param=name
-                )
-            if multiplies_work(name) and isinstance(value, int):
-                usual = self.preset.call.get(name) or call.arguments[name].default or 1
-                work *= max(1.0, value / usual)
-        if n > 1 and work > limits.images:
-            raise InvalidRequestError(
-                f"n is {n}; with the other values, which multiply the work of an image, it is as "
-                f"much as that of {math.ceil(work)} images; the limit is {limits.images}.",
-                param="n",
-            )
-        for name in call.needs:
-            if name in call.arguments and name not in given and not self.preset.call.get(name):
-                raise InvalidRequestError(
-                    f"{name} is missing: {call.pipeline} needs it.",
-                    code="missing_field",
-                    param=name,
-                )
-        return dict(given)
-
-    def _resolve_steps(
-        self, asked: int | None, call: CallDescription, given: Mapping[str, Any]
-    ) -> int:
-        """The number of steps: as many as a request's own timesteps or sigmas, if it has any; of a
-        pipeline with a number for each of its stages, their sum. Raises InvalidRequestError."""
-        if "num_inference_steps" not in call.takes:
-            if asked is not None:
-                names = ", ".join(call.steps) or "none"
-                raise InvalidRequestError(
-                    f"num_inference_steps is {asked}, but {call.pipeline} has no such argument; "
-                    f"its numbers of steps are: {names}.",
-                    param="num_inference_steps",
-                )
-            usual = default_arguments(self.pipeline, self.preset.call)
-            return sum(
-                given.get(name) or usual.get(name) or call.arguments[name].default or 1
-                for name in call.steps
-            )
-        own = next((name for name in ("sigmas", "timesteps") if given.get(name)), None)
-        if own is not None:
-            steps = len(given[own])
-            if asked not in (None, steps):
-                raise InvalidRequestError(
-                    f"num_inference_steps is {asked}, and {own} has {steps} elements; leave one "
-                    "of them out, or let them agree.",
-                    param="num_inference_steps",
-                )
-            return steps
-        steps = asked or self.default_steps
-        if steps > self.settings.max_steps:
-            raise InvalidRequestError(
-                f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
-                param="num_inference_steps",
-            )
-        return steps
-
     def size_of_edit(
         self, source: tuple[int, int], size: str | None, *, masked: bool
     ) -> tuple[int, int]:
@@ -383,11 +308,7 @@ class ServedModel:
     def size_of_reference(self, source: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image that the pipeline scales itself: its own, or, if it has more
         than `STEPWEAVE_MAX_PIXELS` pixels, as many."""
-        scale = math.sqrt(self.settings.max_pixels / math.prod(source))
-        if scale >= 1:
-            return source
-        width, height = source
-        return max(1, int(width * scale)), max(1, int(height * scale))
+        return at_most(source, self.settings.max_pixels)
 
     def _size(self, size: str | None, kind: str, source: tuple[int, int] | None) -> tuple[int, int]:
         """Width and height of a result: `size`; else, of references, the model's own number of
@@ -401,7 +322,7 @@ class ServedModel:
             return native
         if described(self.pipelines()[kind]).scaled is None:
             return limits.sizes.like(source, native[0] * native[1])
-        enlargement = self._enlargements.get(kind, 1)
+        enlargement = self.inputs.enlargements.get(kind, 1)
         enlarged = source[0] * enlargement, source[1] * enlargement
         return limits.sizes.of_edit(enlarged, native[0] * native[1])
 
@@ -430,12 +351,12 @@ class ServedModel:
         if sources is None:
             if TEXT_TO_IMAGE in self.pipelines():
                 return self.pipeline
-            raise self._missing(described(self.pipeline), ())
+            raise missing(described(self.pipeline), ())
         pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
         call = described(pipeline)
-        self._check_images(call, sources)
+        check_images(call, sources)
         if sources.mask is not None and call.scaled is not None:
-            size, other = sources.mask.size, _leading(call, sources).size
+            size, other = sources.mask.size, leading_image(call, sources).size
             if size != other:
                 (width, height), (other_width, other_height) = size, other
                 raise InvalidRequestError(
@@ -445,79 +366,27 @@ class ServedModel:
                 )
         return pipeline
 
-    def _check_images(self, call: CallDescription, sources: Sources) -> None:
-        named: dict[str, str] = {}
-        for given in sources.images:
-            name = call.name_of(given)
-            if name is None:
-                raise InvalidRequestError(
-                    f"{given} is set, but {call.pipeline} has no {given}; its images are "
-                    f"{', '.join(call.images)}.",
-                    param=given,
-                )
-            if name in named:
-                raise InvalidRequestError(
-                    f"{named[name]} and {given} are both set; they mean the same.", param=given
-                )
-            named[name] = given
-        if any(name not in named for name in call.needs_images):
-            raise self._missing(call, named)
-
-    def _missing(self, call: CallDescription, given: Collection[str]) -> InvalidRequestError:
-        missing = [name for name in call.needs_images if name not in given]
-        verb = "is" if len(missing) == 1 else "are"
-        return InvalidRequestError(
-            f"{' and '.join(missing)} {verb} missing: {call.pipeline} makes images from "
-            f"{', '.join(call.needs_images)}. Send them to /v1/images/edits as files, or as data "
-            "URLs.",
-            code="missing_field",
-            param="image" if missing[0] == call.image else missing[0],
-        )
+    def takes_several(self, pipeline: Any, name: str) -> None:
+        """Note that a pipeline takes several images of that name."""
+        self.inputs.note_several(pipeline, name)
+        self.fields = self._fields()
 
     def check_counts(self, counts: Mapping[str, int]) -> None:
         """Raise InvalidRequestError for more images of one name than any pipeline takes."""
-        for given, count in counts.items():
-            if count > 1 and not any(
-                described(pipeline).name_of(given) in self._several.get(type(pipeline).__name__, ())
-                for pipeline in self.pipelines().values()
-            ):
-                raise InvalidRequestError(
-                    f"{given} is given {count} times; {self.pipeline_class} takes one.",
-                    param=given,
-                )
+        self.inputs.check_counts(counts, list(self.pipelines().values()))
 
     def leading(self, given: Collection[str]) -> str:
         """Which of the images of a request decides about the size of its result."""
-        for pipeline in self.pipelines().values():
-            call = described(pipeline)
-            for name in given:
-                if call.scaled is not None and call.name_of(name) == call.scaled:
-                    return name
-        return "image" if "image" in given else next(iter(given))
-
-    def copies_images(self, kind: str, copies: bool | None = None) -> bool:
-        """Whether the image of a request of a kind is passed once for each result; set it with
-        `copies`."""
-        if copies is not None:
-            self._copies[kind] = copies
-        return self._copies[kind]
+        return leading_name(given, self.pipelines().values())
 
     @property
     def takes_alpha(self) -> bool:
         """Whether the pipeline's autoencoder takes images with transparency."""
-        config = getattr(getattr(self.pipeline, "vae", None), "config", {})
-        return 4 in (config.get("in_channels"), config.get("input_channels"))
-
-    def takes_several(self, pipeline: Any, name: str) -> None:
-        """Note that a pipeline takes several images of that name."""
-        kind = type(pipeline).__name__
-        self._several[kind] = self._several.get(kind, frozenset()) | {name}
-        self.fields = self._fields()
+        return takes_alpha(self.pipeline)
 
     def size_of_image(self, kind: str, size: tuple[int, int]) -> tuple[int, int]:
         """The size of the image that a result of this size begins with."""
-        enlargement = self._enlargements.get(kind, 1)
-        return size[0] // enlargement, size[1] // enlargement
+        return self.inputs.size_of_image(kind, size)
 
     def makes_only(self, size: tuple[int, int]) -> None:
         """Note that all results have this size, whatever is asked for."""
@@ -527,7 +396,7 @@ class ServedModel:
 
     def enlarges(self, kind: str, times: int) -> None:
         """Note that results of a kind of request have sides `times` as long as their image's."""
-        self._enlargements[kind] = times
+        self.inputs.enlargements[kind] = times
         limits = self._limits[kind]
         sizes = replace(limits.sizes, multiple=limits.sizes.multiple * times, native=None)
         self._limits[kind] = replace(limits, sizes=sizes)
@@ -652,16 +521,10 @@ class ServedModel:
             pipeline,
             self.preset.call,
             parameters,
-            enlargement=self._enlargements.get(kind, 1),
-            copies=self._copies[kind],
+            enlargement=self.inputs.enlargements.get(kind, 1),
+            copies=self.inputs.copies[kind],
         )
         return {**chosen, **arguments}
-
-
-def _leading(call: CallDescription, sources: Sources) -> Image.Image:
-    """The image that decides about the size of a result."""
-    named = {call.name_of(given): images[0] for given, images in sources.images.items()}
-    return named.get(call.scaled, sources.image)
 
 
 def _default_steps(pipeline: Any) -> int:

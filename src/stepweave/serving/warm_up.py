@@ -189,9 +189,9 @@ class WarmUp:
         if kind == TEXT_TO_IMAGE or limits.images == 1:
             return
         second = self._made(replace(parameters, seed=parameters.seed + 1))
-        usual = model.copies_images(kind)
+        usual = model.inputs.copies[kind]
         for copies in (usual, not usual):
-            model.copies_images(kind, copies)
+            model.inputs.copies[kind] = copies
             both = self._made(replace(parameters, n=2))
             if both and second and len(both) == 2 * len(second):
                 if agree(both[len(second)], second[0], _dtype(pipeline)):
@@ -200,7 +200,7 @@ class WarmUp:
             "%s: images of one request are not those of their seeds; max_images is 1",
             type(pipeline).__name__,
         )
-        model.copies_images(kind, usual)
+        model.inputs.copies[kind] = usual
         model.keep_to(kind, replace(limits, images=1))
 
     def _made(self, parameters: Parameters) -> list[Image.Image] | None:

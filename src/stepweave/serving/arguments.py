@@ -1,0 +1,109 @@
+"""The arguments of a request that only its pipeline has: whether it takes them, whether one is
+missing, and how much work they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stepweave.calls import WorkLimits, described
+from stepweave.config import Settings
+from stepweave.config.preset import Preset
+from stepweave.errors import InvalidRequestError, shown
+from stepweave.planning.workload import multiplies_work
+
+TRAIN_TIMESTEPS = 1000  # of schedulers that do not say how many they have
+OWN_TIMES = ("sigmas", "timesteps")  # arguments that are as many steps as they are long
+
+
+def work_limits(pipeline: Any, settings: Settings, side: int) -> WorkLimits:
+    """The limits of a server and its model that bound arguments; `side` is the longest side of an
+    image."""
+    scheduler = getattr(getattr(pipeline, "scheduler", None), "config", {})
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    config = getattr(denoiser, "config", None)
+    classes = (getattr(config, name, None) for name in ("num_embeds_ada_norm", "num_class_embeds"))
+    return WorkLimits(
+        steps=settings.max_steps,
+        images=settings.max_images,
+        side=side,
+        pixels=settings.max_pixels,
+        characters=settings.max_prompt_characters,
+        train_timesteps=scheduler.get("num_train_timesteps") or TRAIN_TIMESTEPS,
+        classes=next((number for number in classes if isinstance(number, int)), None),
+    )
+
+
+def resolve_arguments(
+    given: Mapping[str, Any], pipeline: Any, preset: Preset, n: int, images: int
+) -> dict[str, Any]:
+    """Check a request's arguments for its pipeline, whose limit is so many `images`.
+
+    Raises InvalidRequestError for one that the pipeline does not take, one that is missing, and
+    more work than `n` images may be.
+    """
+    call = described(pipeline)
+    work = float(n)
+    for name, value in given.items():
+        if name not in call.arguments:
+            raise InvalidRequestError(
+                f"{name} is {shown(value)}, but {call.pipeline} has no {name}.", param=name
+            )
+        if multiplies_work(name) and isinstance(value, int):
+            usual = preset.call.get(name) or call.arguments[name].default or 1
+            work *= max(1.0, value / usual)
+    if n > 1 and work > images:
+        raise InvalidRequestError(
+            f"n is {n}; with the other values, which multiply the work of an image, it is as much "
+            f"as that of {math.ceil(work)} images; the limit is {images}.",
+            param="n",
+        )
+    for name in call.needs:
+        if name in call.arguments and name not in given and not preset.call.get(name):
+            raise InvalidRequestError(
+                f"{name} is missing: {call.pipeline} needs it.", code="missing_field", param=name
+            )
+    return dict(given)
+
+
+def resolve_steps(
+    asked: int | None,
+    default: int,
+    most: int,
+    pipeline: Any,
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> int:
+    """The number of steps: as many as a request's own timesteps or sigmas, if it has any; of a
+    pipeline with a number for each of its stages, their sum.
+
+    `given` are the request's arguments, `arguments` those with a preset's. Raises
+    InvalidRequestError if it is more than `most`, or contradicts an argument.
+    """
+    call = described(pipeline)
+    if "num_inference_steps" not in call.takes:
+        if asked is not None:
+            names = ", ".join(call.steps) or "none"
+            raise InvalidRequestError(
+                f"num_inference_steps is {asked}, but {call.pipeline} has no such argument; its "
+                f"numbers of steps are: {names}.",
+                param="num_inference_steps",
+            )
+        return sum(arguments.get(name) or call.arguments[name].default or 1 for name in call.steps)
+    own = next((name for name in OWN_TIMES if given.get(name)), None)
+    if own is not None:
+        steps = len(given[own])
+        if asked not in (None, steps):
+            raise InvalidRequestError(
+                f"num_inference_steps is {asked}, and {own} has {steps} elements; leave one of "
+                "them out, or let them agree.",
+                param="num_inference_steps",
+            )
+        return steps
+    steps = asked or default
+    if steps > most:
+        raise InvalidRequestError(
+            f"num_inference_steps is {steps}; the limit is {most}.", param="num_inference_steps"
+        )
+    return steps

@@ -1,0 +1,126 @@
+"""The images of requests: what is missing or too many, which one decides about the size of the
+result, and how they are passed to the pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from stepweave.calls import CallDescription, described
+from stepweave.errors import InvalidRequestError
+from stepweave.parameters import Sources
+
+Size = tuple[int, int]
+
+
+@dataclass
+class ImageInputs:
+    """What the warm-up has found out about the images of a model's pipelines.
+
+    By kind of request: `copies`, whether the image is passed once for each result, and
+    `enlargements`, how many times as long as those of its image the sides of a result are.
+    """
+
+    copies: dict[str, bool]
+    enlargements: dict[str, int] = field(default_factory=dict)
+    _several: dict[str, frozenset[str]] = field(default_factory=dict)  # by class
+
+    def note_several(self, pipeline: Any, name: str) -> None:
+        """Note that a pipeline takes several images of that name."""
+        kind = type(pipeline).__name__
+        self._several[kind] = self._several.get(kind, frozenset()) | {name}
+
+    def takes_several(self, pipeline: Any, given: str) -> bool:
+        """Whether a pipeline takes several images that a request calls so."""
+        name = described(pipeline).name_of(given)
+        return name in self._several.get(type(pipeline).__name__, ())
+
+    def several_of(self, pipelines: Iterable[Any]) -> frozenset[str]:
+        """The images, by the requests' names, of which one of the pipelines takes several."""
+        return frozenset(
+            name
+            for pipeline in pipelines
+            for name in ("image", *described(pipeline).images)
+            if self.takes_several(pipeline, name)
+        )
+
+    def check_counts(self, counts: Mapping[str, int], pipelines: Collection[Any]) -> None:
+        """Raise InvalidRequestError for more images of one name than any of the pipelines takes."""
+        for given, count in counts.items():
+            if count > 1 and not any(self.takes_several(one, given) for one in pipelines):
+                kind = type(next(iter(pipelines))).__name__
+                raise InvalidRequestError(
+                    f"{given} is given {count} times; {kind} takes one.", param=given
+                )
+
+    def size_of_image(self, kind: str, size: Size) -> Size:
+        """The size of the image that a result of this size begins with."""
+        enlargement = self.enlargements.get(kind, 1)
+        return size[0] // enlargement, size[1] // enlargement
+
+
+def check_images(call: CallDescription, sources: Sources) -> None:
+    """Raise InvalidRequestError for images that a pipeline does not take, or that are missing."""
+    named: dict[str, str] = {}
+    for given in sources.images:
+        name = call.name_of(given)
+        if name is None:
+            raise InvalidRequestError(
+                f"{given} is set, but {call.pipeline} has no {given}; its images are "
+                f"{', '.join(call.images)}.",
+                param=given,
+            )
+        if name in named:
+            raise InvalidRequestError(
+                f"{named[name]} and {given} are both set; they mean the same.", param=given
+            )
+        named[name] = given
+    if any(name not in named for name in call.needs_images):
+        raise missing(call, named)
+
+
+def missing(call: CallDescription, given: Collection[str]) -> InvalidRequestError:
+    """The error of a request without images that the pipeline needs; `given` are those that it has,
+    by the pipeline's names."""
+    absent = [name for name in call.needs_images if name not in given]
+    verb = "is" if len(absent) == 1 else "are"
+    return InvalidRequestError(
+        f"{' and '.join(absent)} {verb} missing: {call.pipeline} makes images from "
+        f"{', '.join(call.needs_images)}. Send them to /v1/images/edits as files, or as data URLs.",
+        code="missing_field",
+        param="image" if absent[0] == call.image else absent[0],
+    )
+
+
+def leading_name(given: Collection[str], pipelines: Iterable[Any]) -> str:
+    """Which of the images of a request, by its names, decides about the size of the result."""
+    for pipeline in pipelines:
+        call = described(pipeline)
+        for name in given:
+            if call.scaled is not None and call.name_of(name) == call.scaled:
+                return name
+    return "image" if "image" in given else next(iter(given))
+
+
+def leading_image(call: CallDescription, sources: Sources) -> Image.Image:
+    """The image that decides about the size of a result."""
+    named = {call.name_of(given): images[0] for given, images in sources.images.items()}
+    return named.get(call.scaled, sources.image)
+
+
+def at_most(size: Size, pixels: int) -> Size:
+    """A size, or the one with its proportions that has so many pixels."""
+    scale = math.sqrt(pixels / math.prod(size))
+    if scale >= 1:
+        return size
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def takes_alpha(pipeline: Any) -> bool:
+    """Whether the pipeline's autoencoder takes images with transparency."""
+    config = getattr(getattr(pipeline, "vae", None), "config", {})
+    return 4 in (config.get("in_channels"), config.get("input_channels"))
