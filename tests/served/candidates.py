@@ -68,6 +68,8 @@ def options(entry: Entry, plain: Plain, base: Case, expected: list[np.ndarray]) 
             except Exception:
                 _recover(plain, base, expected)
                 continue
+            if name == "size" and not _has_size(images, case):
+                continue  # the plain call makes another one, which the server does not offer
             ran = True
             if not _differ(images, expected):
                 continue
@@ -79,6 +81,11 @@ def options(entry: Entry, plain: Plain, base: Case, expected: list[np.ndarray]) 
         else:
             (found.no_effect if ran else found.refused).append(name)
     return found
+
+
+def _has_size(images: list[np.ndarray], case: Case) -> bool:
+    height, width = images[0].shape[:2]
+    return (width, height) == (case.arguments["width"], case.arguments["height"])
 
 
 def _differ(images: list[np.ndarray], others: list[np.ndarray]) -> bool:
