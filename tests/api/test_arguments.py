@@ -237,9 +237,9 @@ def test_the_model_says_what_it_takes(own: InProcess) -> None:
     assert set(found) == set(VALUES)
     assert found["layers"] == {
         "type": "integer", "required": False, "default": 2, "minimum": 1, "maximum": 4,
-        "max_length": None, "description": "",
+        "max_items": None, "max_length": None, "description": "",
     }  # fmt: skip
-    assert found["sigmas"]["type"] == "array" and found["sigmas"]["max_length"] == 50
+    assert found["sigmas"]["type"] == "array" and found["sigmas"]["max_items"] == 50
 
 
 def test_the_document_has_them(own: InProcess) -> None:

@@ -18,6 +18,7 @@ LIMITS = WorkLimits(
 
 def bounds(name: str, default: Any, *, integer: bool = True) -> tuple[float, float]:
     found = bounds_of(name, default, integer=integer, limits=LIMITS)
+    assert found is not None
     return found.least, found.most
 
 
@@ -29,16 +30,19 @@ def bounds(name: str, default: Any, *, integer: bool = True) -> tuple[float, flo
         ("layers", 4, (1, 4)),
         ("ensemble_size", 1, (1, 4)),
         ("jump_n_sample", 10, (1, 10)),
-        ("skip_guidance_layers", None, (0, 1_000_000)),  # indices
-        ("max_sequence_length", 256, (1, 512)),
+        ("skip_guidance_layers", None, (0, 1000)),  # indices
+        ("max_sequence_length", 256, (1, 256)),
+        ("tokenizer_max_length", None, (1, 512)),
         ("max_sequence_length", 3000, (1, 3000)),
         ("original_size", None, (0, 2048)),
         ("crops_coords_top_left", (0, 0), (-2048, 2048)),
-        ("processing_resolution", None, (0, 2048)),
+        ("processing_resolution", None, (0, 1024)),  # its square is the work
+        ("upsampling_width", None, (0, 1024)),
         ("max_area", 2**20, (1, 2**20)),
         ("class_labels", None, (0, 9)),
         ("timesteps", None, (0, 999)),
-        ("noise_level", 20, (0, 1_000_000)),
+        ("noise_level", 20, (0, 999)),
+        ("prompt_reps", 20, (1, 20)),
     ],
 )
 def test_what_multiplies_work_or_reads_a_table_is_bounded(
@@ -65,8 +69,24 @@ def test_numbers_are_bounded_by_their_kind(
 
 
 def test_a_list_of_timesteps_is_no_longer_than_the_most_steps() -> None:
-    assert bounds_of("sigmas", None, integer=False, limits=LIMITS).length == LIMITS.steps
-    assert bounds_of("timesteps", None, integer=True, limits=LIMITS).length == LIMITS.steps
+    for name, integer in (("sigmas", False), ("timesteps", True)):
+        found = bounds_of(name, None, integer=integer, limits=LIMITS)
+        assert found is not None and found.length == LIMITS.steps
+
+
+@pytest.mark.parametrize("name", ["control_mode", "data_type"])
+def test_an_index_of_an_unknown_table_is_offered_only_if_a_preset_bounds_it(name: str) -> None:
+    """Reading beyond the end of a table breaks a GPU for all requests."""
+    assert bounds_of(name, None, integer=True, limits=LIMITS) is None
+    calls = [described(diffusers.FluxControlNetPipeline)]
+    assert "control_mode" not in fields_of(calls, {}, {}, LIMITS).arguments
+    assert "control_mode" in fields_of(calls, {}, {"control_mode": (0, 5)}, LIMITS).arguments
+
+
+def test_each_text_of_a_list_costs_as_much_as_an_image() -> None:
+    calls = [described(diffusers.SemanticStableDiffusionPipeline)]
+    found = fields_of(calls, {}, {}, LIMITS).arguments["editing_prompt"].bounds
+    assert (found.length, found.characters) == (LIMITS.images, LIMITS.characters)
 
 
 def test_every_default_of_diffusers_is_within_its_bounds() -> None:
@@ -88,6 +108,7 @@ def fields(offered: dict[str, Any] | None = None, **defaults: Any) -> RequestFie
 def test_a_preset_bounds_or_withholds_an_argument() -> None:
     assert "layers" in fields().arguments
     assert "layers" not in fields({"layers": False}).arguments
+    assert "image" not in fields({"image": False}).images
     assert fields({"layers": (1, 2)}).arguments["layers"].bounds == Bounds(1, 2)
     assert fields(layers=9).arguments["layers"].bounds == Bounds(1, 9)
 

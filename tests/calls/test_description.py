@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepweave.calls import CallDescription, Kind, described
+from stepweave.calls import CallDescription, Kind, described, has_scalar
 from tests.support.calls import image_calls
 from tests.support.tiny import FAMILIES
 
@@ -87,6 +87,37 @@ def test_nothing_but_texts_numbers_flags_and_images_is_offered() -> None:
                 assert "Tensor" not in str(argument.value), (one.pipeline, name)
         for name in ("latents", "prompt_embeds", "callback_on_step_end", "generator", "seed"):
             assert name not in one.arguments and name not in one.images
+
+
+# Of diffusers 0.42: all texts that requests may send. One that is new here: does the pipeline open
+# or fetch what it names?
+TEXTS = """
+    complex_human_instruction content_prompt editing_prompt gligen_phrases neg_prompt
+    negative_prompt_2 negative_prompt_3 negative_prompt_4 prompt_2 prompt_3 prompt_4
+    resample_method_input resample_method_output source_prompt source_subject_category system_prompt
+    target_subject_category task_prompt
+""".split()
+
+
+def test_these_are_all_the_texts_that_can_be_sent() -> None:
+    found = {
+        name
+        for one in image_calls()
+        for name, argument in one.arguments.items()
+        if has_scalar(argument.value, str)
+    }
+    assert found == set(TEXTS)
+
+
+def test_no_text_is_a_file_or_a_url_to_a_pipeline() -> None:
+    class Opens:
+        def __call__(
+            self, prompt: str, image: str | None = None, fonts: list[str] | None = None,
+            lora_path: str = "", style_image: str | list[str] = "",
+        ) -> Any: ...  # fmt: skip
+
+    found = described(Opens)
+    assert (found.arguments, found.images) == ({}, {})
 
 
 def test_all_numbers_flags_and_texts_of_signatures_are_offered() -> None:

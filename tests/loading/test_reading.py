@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +23,6 @@ from torch import nn
 
 from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import LoadError
-from stepweave.loading.kinds import Kind
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.tokenizers import check_tokenizers
 from tests.pipelines.catalog import entries
@@ -38,7 +37,7 @@ DAMAGED = ("stable_diffusion", "flux", "qwen_image")
 @pytest.fixture
 def every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipelines that are not served are read, too: how whole is another question."""
-    monkeypatch.setattr("stepweave.loading.kinds.SERVED", frozenset(get_args(Kind)))
+    monkeypatch.setattr("stepweave.loading.loader.check_served", lambda *_: None)
 
 
 def load(folder: Path, **settings: Any) -> DiffusionPipeline:

@@ -408,7 +408,8 @@ def test_how_far_dynamic_shifting_goes_is_told_from_the_size() -> None:
     model = served(FAMILIES["stable_diffusion_3_dynamic"].build())
     limits = model.limits
     model.keep_to(
-        None, dataclasses.replace(limits, sizes=dataclasses.replace(limits.sizes, max_side=None))
+        model.kind,
+        dataclasses.replace(limits, sizes=dataclasses.replace(limits.sizes, max_side=None)),
     )
     assert resolve(model, **asked, size="256x256").num_inference_steps == 60
     with pytest.raises(

@@ -73,7 +73,10 @@ class Plain:
 
     @property
     def takes_count(self) -> str | None:
-        """The argument for the number of images."""
+        """The argument for the number of images; `batch_size` is something else where a call takes
+        images."""
+        if "image" in self.parameters and COUNTS[0] not in self.parameters:
+            return None
         return next((name for name in COUNTS if name in self.parameters), None)
 
     def makes_several(self, case: Case) -> bool:

@@ -167,7 +167,8 @@ def test_a_report_is_right_only_if_every_answer_is() -> None:
 class Toy:
     """In place of `Plain`: each argument does what its name says."""
 
-    takes_count = "num_images_per_prompt"
+    def makes_several(self, case: Case) -> bool:
+        return True
 
     def __init__(self) -> None:
         self.loaded = self.broken = 0

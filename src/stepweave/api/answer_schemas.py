@@ -122,7 +122,8 @@ class ModelArgument(Resource):
     default: Any = Field(description="The preset's, or else the pipeline's own.")
     minimum: float | None = Field(description="Of numbers.")
     maximum: float | None
-    max_length: int | None = Field(description="Elements of a list, or characters of a text.")
+    max_items: int | None = Field(description="Of lists.")
+    max_length: int | None = Field(description="Characters of a text, or of each in a list.")
     description: str
 
 

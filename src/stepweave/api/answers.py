@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
-from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat
+from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat, ResolvedParameters
 from stepweave.resource import without_del
 from stepweave.serving.jobs import Followed
 from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
@@ -126,15 +126,17 @@ def in_base64(data: bytes) -> str:
 def image_answer(answer: Answer) -> Response:
     """The first image's file.
 
-    All parameters except prompts are in headers: proxies limit the length of a header, and the
-    file has the prompts. `X-Stepweave-Flagged` is "true" for an image that the pipeline's safety
-    checker flagged. Warnings, if there are any, are in `X-Stepweave-Warnings`.
+    All parameters are in headers but prompts, and other texts and lists of the pipeline: proxies
+    limit the length of a header, and the file has them. `X-Stepweave-Flagged` is "true" for an
+    image that the pipeline's safety checker flagged. Warnings, if there are any, are in
+    `X-Stepweave-Warnings`.
     """
     file = answer.images[0]
     headers = {
         f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
         for name, value in file.values.items()
         if "prompt" not in name
+        and (name in ResolvedParameters.model_fields or isinstance(value, (int, float)))
     }
     if file.flagged:
         headers["X-Stepweave-Flagged"] = "true"

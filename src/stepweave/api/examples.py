@@ -25,11 +25,11 @@ def curl(operation: Operation, root: str, *, key: bool) -> str:
         words += ["-H", "Authorization: Bearer TOKEN"]
     elif key and not operation.keyless:
         words += ["-H", "Authorization: Bearer KEY"]
-    if JSON in operation.body:
-        words += ["-H", "Content-Type: application/json", "-d", json.dumps(dict(operation.example))]
-    elif FORM in operation.body:
+    if FORM in operation.body:
         for field in _EDIT:
             words += ["-F", field]
+    elif JSON in operation.body:
+        words += ["-H", "Content-Type: application/json", "-d", json.dumps(dict(operation.example))]
     content = set(operation.answers[200].content if 200 in operation.answers else ())
     if content == STREAM.keys():
         words.append("-N")  # events as they come

@@ -6,12 +6,12 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from tempfile import SpooledTemporaryFile
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
@@ -20,7 +20,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from stepweave.api.auth import asker_of
-from stepweave.api.bodies import SPOOLED
+from stepweave.api.bodies import SPOOLED, whole_body
 from stepweave.api.idempotency import joins
 from stepweave.api.schemas import (
     CHARSETS,
@@ -28,6 +28,7 @@ from stepweave.api.schemas import (
     NULL,
     EditRequest,
     ImageReference,
+    parse_off_loop,
     refused_field,
 )
 from stepweave.calls import RequestFields, has_scalar, takes_lists
@@ -244,6 +245,27 @@ async def data_urls_of(body: RequestT, fields: RequestFields) -> tuple[RequestT,
     return body.model_copy(update=dict.fromkeys(given)), Form({}, files)
 
 
+async def read_json_edit(
+    request: Request, schema: type[RequestT], fields: RequestFields
+) -> tuple[RequestT, Form]:
+    """The request of a JSON body, and its images, for which alone memory is kept."""
+    async with whole_body(request) as content:
+        given = await parse_off_loop(content, schema)
+    return await data_urls_of(given, fields)
+
+
+async def place_for(
+    request: Request, server: Server, form: Form
+) -> contextlib.AbstractContextManager[Reservation | None]:
+    """A place for a request with images that came without one, before they are decoded; none for
+    one without images. Raises as `reserve` does."""
+    if not form.files:
+        return contextlib.nullcontext()
+    place = await reserve(request, server)
+    place.settle()
+    return place
+
+
 def form_of_bytes(files: Mapping[str, Sequence[bytes]], fields: RequestFields) -> Form:
     """The images of a request that has them as bytes, by name."""
     found = [
@@ -257,12 +279,21 @@ def form_of_bytes(files: Mapping[str, Sequence[bytes]], fields: RequestFields) -
 def _decoded(given: dict[str, Any], fields: RequestFields) -> list[UploadedFile]:
     files: list[UploadedFile] = []
     for name, value in given.items():
-        meant = IMAGE if name == "images" and name not in fields.images else name
+        meant = {"images": IMAGE, **fields.same}.get(name, name)
+        if any(meant == file.name for file in files):
+            raise _too_many(meant, 1)
         is_mask = meant == MASK or (meant in fields.images and fields.images[meant].type == "mask")
         for one in value if isinstance(value, list) else [value]:
             url = one.image_url if isinstance(one, ImageReference) else one
-            files.append(UploadedFile(meant, io.BytesIO(_bytes_of(url, name)), is_mask))
+            files.append(UploadedFile(meant, _spooled(_bytes_of(url, name)), is_mask))
     return files
+
+
+def _spooled(content: bytes) -> BinaryIO:
+    """A file in memory, or on disk if it is long, since requests wait with theirs."""
+    file: Any = SpooledTemporaryFile(SPOOLED)
+    file.write(content)
+    return file  # type: ignore[no-any-return]
 
 
 def _bytes_of(url: str, name: str) -> bytes:
@@ -338,7 +369,6 @@ async def edit_of(
     return {
         "files": await digest_of(form),
         "sources": partial(read_images, form, server, body.size, place),
-        "strength": getattr(body, "strength", None),
         "reservation": place,
     }
 

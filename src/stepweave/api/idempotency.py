@@ -28,6 +28,7 @@ def submission_of(
         owner=owner_of(request),
         client=asker_of(request),
         key=key_of(request, part),
+        strength=getattr(body, "strength", None),
         **options,
     )
 

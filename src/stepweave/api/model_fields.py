@@ -87,7 +87,7 @@ def bounded(value: Any, bounds: Bounds) -> Any:
         least, most = (value(side) for side in (bounds.least, bounds.most))
         return Annotated[value, Field(ge=least, le=most)]
     if value is str:
-        return Annotated[str, Field(max_length=bounds.length)]
+        return Annotated[str, Field(max_length=bounds.characters)]
     origin, args = get_origin(value), get_args(value)
     if origin in _UNIONS:
         return functools.reduce(operator.or_, (bounded(part, bounds) for part in args))

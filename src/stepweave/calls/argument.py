@@ -38,6 +38,11 @@ _OURS = frozenset(
     ("generator", "seed", "output_type", "return_dict", "callback_steps", "debug")
     + ("output_latent", "output_uncertainty")
 )
+# texts that a pipeline opens or fetches
+_PLACES = re.compile(
+    r"(?:^|_)(?:fonts?|paths?|files?|urls?|dir|folder|repo|weights?|lora)(?:_|$)|^output"
+)
+_OF_PLACES = re.compile(r"\b(?:paths?|urls?|files?|directory)\b", re.IGNORECASE)
 _ONE_TEXT = re.compile(r"^(?:negative_)?prompt(?:_\d+)?$")  # a list of them would be a batch
 
 
@@ -101,6 +106,11 @@ def read_argument(
         value = type(default)
     if value is None:
         return None
+    if has_scalar(value, str) and (
+        any(pattern.search(name) for pattern in (_PLACES, _IMAGE, _MASK))
+        or _OF_PLACES.search(description)
+    ):
+        return None  # no text of a request is a file's name, or a URL
     if _ONE_TEXT.search(name):
         value = str
     return Argument(name, _type_of(value), value, default, required, False, description)

@@ -60,11 +60,11 @@ def fields_of(
         for name, argument in description.arguments.items():
             if offered.get(name) is False or name in arguments:
                 continue
-            arguments[name] = ArgumentField(
-                argument, _bounds(argument, defaults.get(name), offered.get(name), limits)
-            )
+            bounds = _bounds(argument, defaults.get(name), offered.get(name), limits)
+            if bounds is not None:
+                arguments[name] = ArgumentField(argument, bounds)
         for name, known in (("image", description.image), ("mask", description.mask)):
-            if known is not None:
+            if known is not None and offered.get(known) is not False:
                 images.setdefault(name, description.images[known])
                 if known != name:
                     same[known] = name
@@ -77,13 +77,13 @@ def fields_of(
     return RequestFields(arguments, images, same, several, "prompt" in first.takes, needs)
 
 
-def _bounds(argument: Argument, default: Any, offered: Any, limits: WorkLimits) -> Bounds:
+def _bounds(argument: Argument, default: Any, offered: Any, limits: WorkLimits) -> Bounds | None:
     if has_scalar(argument.value, str):
-        return Bounds(0, 0, limits.characters)
+        return Bounds(0, 0, limits.images, limits.characters)  # each text of a list costs as much
     known = bounds_of(
         argument.name,
-        argument.default if default is None else default,
+        [argument.default, default],  # the larger of the two counts
         integer=not has_scalar(argument.value, float),
         limits=limits,
     )
-    return known if offered is None else Bounds(offered[0], offered[1], known.length)
+    return known if offered is None else Bounds(offered[0], offered[1])

@@ -14,7 +14,9 @@ from PIL import Image
 from stepweave.planning.profiles import Shape
 
 # integer arguments that are a number of repetitions; `skip_guidance_layers` has indices
-_TIMES = re.compile(r"(?<!_)layers$|n_sample$|ensemble_size|batch_size|parallel|jump_length|_iter_")
+_TIMES = re.compile(
+    r"(?<!_)layers$|n_sample$|ensemble_size|batch_size|parallel|jump_length|_iter_|_reps$"
+)
 
 
 def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:

@@ -60,7 +60,7 @@ def resolve_arguments(
             param="n",
         )
     for name in call.needs:
-        if name in call.arguments and name not in given and not preset.call.get(name):
+        if name in call.arguments and name not in given and preset.call.get(name) is None:
             raise InvalidRequestError(
                 f"{name} is missing: {call.pipeline} needs it.", code="missing_field", param=name
             )
@@ -90,7 +90,8 @@ def resolve_steps(
                 f"numbers of steps are: {names}.",
                 param="num_inference_steps",
             )
-        return sum(arguments.get(name) or call.arguments[name].default or 1 for name in call.steps)
+        stages = (arguments.get(name) or call.arguments[name].default for name in call.steps)
+        return max(1, sum(stage or 1 for stage in stages))
     own = next((name for name in OWN_TIMES if given.get(name)), None)
     if own is not None:
         steps = len(given[own])

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from stepweave.calls import described
+from stepweave.calls import described, has_scalar
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
@@ -105,6 +105,17 @@ def check_call(pipeline: Any, preset: Preset) -> None:
                     f"{preset.source(f'{member}.{name}')}: {member}.{name}: {kind} takes no "
                     f"argument {name!r} ({hint})"
                 )
+    call = described(pipeline)
+    for name, limit in preset.limits.items():
+        source = f"{preset.source(f'limits.{name}')}: limits.{name}"
+        if name not in call.arguments and name not in call.images:
+            raise LoadError(f"{source}: {name} is not an argument that it can limit")
+        if limit is False:
+            continue
+        if name in call.images or has_scalar(call.arguments[name].value, str):
+            raise LoadError(f"{source} is {list(limit)}; {name} is no number: it may be false")
+        if limit[0] > limit[1]:
+            raise LoadError(f"{source} is {list(limit)}; the first is the least")
     if preset.guidance_scale is not None and "guidance_scale" not in arguments:
         raise LoadError(
             f"{preset.source('guidance_scale')}: guidance_scale is {preset.guidance_scale:g}, but "

@@ -30,6 +30,7 @@ REFUSALS = (
     AssertionError,
     AttributeError,
     LookupError,
+    OSError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -39,8 +40,13 @@ REFUSALS = (
 
 
 def loggable(parameters: Parameters) -> dict[str, Any]:
-    """The parameters without prompts, for the log."""
-    return {name: value for name, value in parameters.of_image(0).items() if "prompt" not in name}
+    """The parameters without prompts and other texts of the pipeline, for the log."""
+    texts = {name for name, value in parameters.arguments.items() if "'" in repr(value)}
+    return {
+        name: value
+        for name, value in parameters.of_image(0).items()
+        if "prompt" not in name and name not in texts
+    }
 
 
 def failure_of(error: BaseException, job: Job, parameters: Parameters) -> StepweaveError:
@@ -60,7 +66,8 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
             exc_info=error,
         )
         return InvalidRequestError(f"The pipeline rejects these values: {refusal}")
-    own = dict(parameters.arguments)
+    at_the_end = isinstance(cause, (ImageCountError, NonFiniteError))
+    own = dict(parameters.arguments) if at_the_end or not job.progress.step else {}
     if parameters.sources is not None and not job.progress.step:
         # references, which have a size of their own
         result = parameters.width, parameters.height

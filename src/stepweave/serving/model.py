@@ -98,14 +98,12 @@ class ServedModel:
             else edit_pipeline(pipeline, "image_to_image")
         )
         self.inpaint = pipeline if takes_masks else edit_pipeline(pipeline, "inpaint")
-        width, height = native_size(pipeline)
-        self.width, self.height = preset.width or width, preset.height or height
         self._multiple = size_multiple(pipeline)
+        width, height = native_size(pipeline)
         if not {"width", "height"} & call.takes:
-            # its size is not asked for: that of its images, or of its networks, to be seen
-            self.width, self.height = width, height = nearest_size(
-                (width, height), self._multiple, None, settings.max_pixels
-            )
+            # its size is that of its images, or of its networks, which the warm-up finds out
+            width, height = nearest_size((width, height), self._multiple, None, settings.max_pixels)
+        self.width, self.height = preset.width or width, preset.height or height
         native = self.width, self.height
         sizes = SizeLimits(
             self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=native

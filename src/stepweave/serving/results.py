@@ -44,7 +44,7 @@ class Results:
         count = len(images)
         # some make several for each, as a stack of layers
         self._each, left = divmod(count, parameters.n)
-        if left or (self._each > 1 and not has_parts(output)):
+        if left or not count or (self._each > 1 and not has_parts(output)):
             raise ImageCountError(
                 f"The pipeline made {count} images; {parameters.n} were requested."
             )

@@ -35,5 +35,5 @@ class Submission:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the request in hex, by which idempotency and admission recognise a retry."""
-        body = self.asked or self.request.model_dump_json()
+        body = self.asked or self.request.model_dump_json(exclude_none=True)
         return hashlib.sha256(self.files + body.encode()).hexdigest()

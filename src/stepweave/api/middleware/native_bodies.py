@@ -19,7 +19,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from stepweave.api.bodies import whole_body
 from stepweave.api.context import context_of
-from stepweave.api.forms import data_urls_of, edit_of, read_form, reserve
+from stepweave.api.forms import (
+    data_urls_of,
+    edit_of,
+    place_for,
+    read_form,
+    read_json_edit,
+    reserve,
+)
 from stepweave.api.idempotency import submission_of
 from stepweave.api.middleware.base import Middleware
 from stepweave.api.model_fields import with_fields
@@ -67,7 +74,8 @@ async def _read(request: Request, server: Server, exits: contextlib.ExitStack) -
         given = await parse_off_loop(content, schema)
         body, form = await data_urls_of(given, server.fields)
     exits.enter_context(form)
-    options = await edit_of(form, server, body, None) if form.files else {}
+    place = exits.enter_context(await place_for(request, server, form))
+    options = await edit_of(form, server, body, place) if form.files else {}
     if isinstance(body, StreamRequest):
         options["previews"] = body.partial_images
     context_of(request.scope).submission = submission_of(request, body, **options)
@@ -82,11 +90,9 @@ async def _read_edit(request: Request, server: Server, exits: contextlib.ExitSta
     place = exits.enter_context(await reserve(request, server))
     fields = server.fields
     if is_json(content_type):
-        async with whole_body(request) as content:
-            place.settle()
-            given = await parse_off_loop(content, with_fields(BentoMLEditBody, fields))
-            body, form = await data_urls_of(given, fields)
+        body, form = await read_json_edit(request, with_fields(BentoMLEditBody, fields), fields)
         exits.enter_context(form)
+        place.settle()
     else:
         form = exits.enter_context(await read_form(request, fields))
         place.settle()

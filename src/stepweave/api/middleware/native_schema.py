@@ -32,7 +32,8 @@ class NativeSchema(Middleware):
         self._schema = schema
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH or self.server.model is None:
+        asked = scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "GET"
+        if not asked or self.server.model is None:
             await self.app(scope, receive, send)
             return
         schema = with_model(self._schema(), self.server.fields)

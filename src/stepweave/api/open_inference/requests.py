@@ -17,7 +17,7 @@ from stepweave.api.open_inference.tensors import (
     InferenceRequest,
     wrong,
 )
-from stepweave.api.schemas import Edit, explain, some_of
+from stepweave.api.schemas import MAX_SAME, Edit, explain, some_of
 from stepweave.calls import ArgumentType, RequestFields
 from stepweave.errors import InvalidRequestError, StepweaveError, shown
 from stepweave.parameters import OPTIONAL_ARGUMENTS, ImageRequest, PriorityName
@@ -67,7 +67,8 @@ def file_inputs(fields: RequestFields) -> tuple[str, ...]:
 
 def required_inputs(fields: RequestFields) -> tuple[str, ...]:
     """The inputs that every request has."""
-    return (*(("prompt",) if fields.prompt else ()), *fields.needs)
+    needs = (name for name in fields.needs if fields.arguments[name].argument.type in DATATYPES)
+    return (*(("prompt",) if fields.prompt else ()), *needs)
 
 
 def schema_of(fields: RequestFields) -> type[EditOrGeneration]:
@@ -137,10 +138,12 @@ def image_requests(
     """One request for each prompt, and its files by name; for a model without prompts, for each
     element of the longest input. Raises InvalidRequestError naming the tensor or parameter that is
     wrong."""
-    leading = "prompt" if fields.prompt else max(given, key=lambda name: len(given[name]))
-    if leading not in given:
+    leading = (
+        "prompt" if fields.prompt else max(given, key=lambda name: len(given[name]), default="")
+    )
+    if fields.prompt and leading not in given:
         raise wrong(leading, "it is missing", code="missing_field")
-    count = len(given[leading])
+    count = len(given[leading]) if leading else 1
     if not 1 <= count <= most:
         raise wrong(leading, f"its shape is [{count}]; the limit is 1 to {most} elements")
     for name, elements in given.items():
@@ -157,6 +160,11 @@ def image_requests(
             name: elements[i if len(elements) == count else 0] for name, elements in given.items()
         }
         files = {name: values.pop(name) for name in file_inputs(fields) if name in values}
+        for name, several in files.items():
+            if len(several) > MAX_SAME:
+                raise wrong(
+                    name, f"it has {len(several)} files for an image; the limit is {MAX_SAME}"
+                )
         try:
             request = schema_of(fields).model_validate({**shared, **values})
         except ValidationError as error:

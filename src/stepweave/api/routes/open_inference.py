@@ -152,7 +152,7 @@ class OpenInferenceRoutes:
             message, images = await on_thread(None, self._read, request, body, model)
         outputs = requested_outputs(message)
         warnings = tuple(ignored_parameters(message, model.fields))
-        asked = "\n".join(image.model_dump_json() for image, _ in images)
+        asked = "\n".join(image.model_dump_json(exclude_none=True) for image, _ in images)
         submissions = []
         for i, (image, files) in enumerate(images):
             form = form_of_bytes(files, model.fields)

@@ -29,7 +29,15 @@ from stepweave.api.bodies import pass_over_body, whole_body
 from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, data_urls_of, edit_of, read_form, reserve
+from stepweave.api.forms import (
+    Form,
+    data_urls_of,
+    edit_of,
+    place_for,
+    read_form,
+    read_json_edit,
+    reserve,
+)
 from stepweave.api.idempotency import submission_of
 from stepweave.api.model_fields import with_fields
 from stepweave.api.responses import answer, json_answer
@@ -45,6 +53,7 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url, reference
+from stepweave.calls import has_scalar, takes_lists
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
 from stepweave.serving.kinds import TEXT_TO_IMAGE
@@ -78,8 +87,8 @@ class OpenAIRoutes:
             fields = self.server.fields
             body = await parse_off_loop(content, with_fields(GenerationRequest, fields))
             body, form = await data_urls_of(body, fields)
-        with form:
-            return await self._answer(request, body, form if form.files else None)
+        with form, await place_for(request, self.server, form) as place:
+            return await self._answer(request, body, form if form.files else None, place)
 
     async def edits(self, request: Request) -> Response:
         content_type = request.headers.get("content-type", "")
@@ -90,14 +99,11 @@ class OpenAIRoutes:
         with await reserve(request, self.server) as place:
             fields = self.server.fields
             if in_json:
-                async with whole_body(request) as content:
-                    place.settle()
-                    given = await parse_off_loop(content, with_fields(EditBody, fields))
-                    body, form = await data_urls_of(given, fields)
+                body, form = await read_json_edit(request, with_fields(EditBody, fields), fields)
             else:
                 form = await read_form(request, fields)
-                place.settle()
             with form:
+                place.settle()
                 if not in_json:
                     body = parse_form(form.texts, with_fields(EditRequest, fields, files=False))
                 return await self._answer(request, body, form, place)
@@ -223,7 +229,8 @@ def _arguments(model: ServedModel) -> list[ModelArgument]:
     found = []
     for name, field in model.fields.arguments.items():
         argument, bounds = field.argument, field.bounds
-        numbers = argument.type in ("integer", "number", "array")
+        texts = has_scalar(argument.value, str)
+        numbers = argument.type in ("integer", "number", "array") and not texts
         found.append(
             ModelArgument(
                 name=name,
@@ -232,7 +239,8 @@ def _arguments(model: ServedModel) -> list[ModelArgument]:
                 default=model.preset.call.get(name, argument.default),
                 minimum=bounds.least if numbers else None,
                 maximum=bounds.most if numbers else None,
-                max_length=bounds.length if argument.type in ("array", "string") else None,
+                max_items=bounds.length if takes_lists(argument.value) else None,
+                max_length=bounds.characters if texts else None,
                 description=argument.description,
             )
         )
