@@ -18,6 +18,10 @@ from PIL import Image
 
 from stepweave.api.middleware.native_schema import with_model
 from stepweave.api.routes.openai import NO_STREAM
+from stepweave.config import Settings
+from stepweave.config.preset import parsed
+from stepweave.errors import LoadError
+from stepweave.serving.model import ServedModel
 from tests.support.asgi import serving
 from tests.support.bodies import natively
 from tests.support.fake_pipeline import FakePipeline
@@ -487,6 +491,75 @@ class OwnEdits(Own):
             clip_skip=clip_skip, tiled=tiled, edit_threshold=edit_threshold,
             num_images_per_prompt=num_images_per_prompt, generator=generator,
         )  # fmt: skip
+
+
+def test_strength_without_an_image_is_refused_on_every_route(editing: InProcess) -> None:
+    app = editing
+    model = app.client.get("/v2/models").json()["models"][0]
+    for path, body in (
+        (GENERATIONS, {"strength": 0.5}),
+        (f"/v2/models/{model}/infer", {"inputs": [], "parameters": {"strength": 0.5}}),
+    ):
+        answer = app.client.post(path, json=body)
+        assert answer.status_code == 400, answer.text
+        assert "image is missing" in answer.text
+
+
+def test_strength_is_not_ignored_by_a_model_of_both(in_process: Make) -> None:
+    app = in_process(FakePipeline(edits=True))
+    status, param, message = error(app.post(strength=0.5))
+    assert (status, param) == (400, "strength") and "no image is given" in message
+
+
+@pytest.mark.parametrize("name", ["mask", "mask_image"])
+def test_a_mask_in_json_has_either_name(in_process: Make, name: str) -> None:
+    app = in_process(FakePipeline(edits=True))
+    body = {"prompt": "x", "image": url(colour("red")), name: url(colour("white"))}
+    answer = app.client.post(EDITS, json=body)
+    assert answer.status_code == 200, answer.text
+    assert app.pipeline.record.calls[-1]["mask_image"] is not None
+    both = {**body, "mask": url(colour("white")), "mask_image": url(colour("white"))}
+    assert error(app.client.post(EDITS, json=both))[:2] == (400, "mask")
+
+
+def test_texts_and_lists_are_not_in_headers(own: InProcess) -> None:
+    fields = {"phrases": ["\u65e5\u672c"], "sigmas": [1.0, 0.5], "clip_skip": 2}
+    body = {"prompt": "x", **fields}
+    answer = own.client.post(GENERATIONS, json=body, headers={"Accept": "image/png"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-stepweave-clip-skip"] == "2"
+    assert not {"x-stepweave-phrases", "x-stepweave-sigmas"} & set(answer.headers)
+    chunk = Image.open(io.BytesIO(answer.content)).text["stepweave"]  # type: ignore[attr-defined]
+    assert json.loads(chunk)["phrases"] == fields["phrases"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"num_inference_steps": [1, 8]}, "num_inference_steps is not an argument that it can"),
+        ({"layers": [4, 1]}, "the first is the least"),
+        ({"phrases": [1, 2]}, "phrases is no number: it may be false"),
+        ({"layer": [1, 2]}, "did you mean 'layers'?"),
+    ],
+)
+def test_limits_of_a_preset_that_have_no_meaning_are_refused(limits: Any, told: str) -> None:
+    with pytest.raises(LoadError) as caught:
+        preset = parsed(json.dumps({"limits": limits}).encode()).named("stepweave.json")
+        ServedModel(Own(), preset, Settings())
+    assert told in caught.value.message
+    assert caught.value.message.startswith(f"stepweave.json: limits.{next(iter(limits))}")
+
+
+def test_of_the_open_inference_protocol_there_may_be_no_inputs_and_few_images(
+    editing: InProcess,
+) -> None:
+    model = editing.client.get("/v2/models").json()["models"][0]
+    path = f"/v2/models/{model}/infer"
+    assert editing.client.post(path, json={"inputs": []}).status_code == 400
+    image = base64.b64encode(colour("red", (8, 8))).decode()
+    given = {"name": "image", "datatype": "BYTES", "shape": [1, 17], "data": [[image] * 17]}
+    answer = editing.client.post(path, json={"inputs": [given]})
+    assert answer.status_code == 400 and "17 files for an image; the limit is 16" in answer.text
 
 
 # --- BentoML's own description ---

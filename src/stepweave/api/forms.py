@@ -278,14 +278,19 @@ def form_of_bytes(files: Mapping[str, Sequence[bytes]], fields: RequestFields) -
 
 def _decoded(given: dict[str, Any], fields: RequestFields) -> list[UploadedFile]:
     files: list[UploadedFile] = []
-    for name, value in given.items():
-        meant = {"images": IMAGE, **fields.same}.get(name, name)
-        if any(meant == file.name for file in files):
-            raise _too_many(meant, 1)
-        is_mask = meant == MASK or (meant in fields.images and fields.images[meant].type == "mask")
-        for one in value if isinstance(value, list) else [value]:
-            url = one.image_url if isinstance(one, ImageReference) else one
-            files.append(UploadedFile(meant, _spooled(_bytes_of(url, name)), is_mask))
+    with contextlib.ExitStack() as exits:  # closes them if one is refused
+        for name, value in given.items():
+            meant = {"images": IMAGE, **fields.same}.get(name, name)
+            if any(meant == file.name for file in files):
+                raise _too_many(meant, 1)
+            is_mask = meant == MASK or (
+                meant in fields.images and fields.images[meant].type == "mask"
+            )
+            for one in value if isinstance(value, list) else [value]:
+                url = one.image_url if isinstance(one, ImageReference) else one
+                file = exits.enter_context(_spooled(_bytes_of(url, name)))
+                files.append(UploadedFile(meant, file, is_mask))
+        exits.pop_all()
     return files
 
 
