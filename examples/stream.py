@@ -9,7 +9,8 @@ import httpx
 
 server = os.environ.get("STEPWEAVE_URL", "http://localhost:3000")
 body = {
-    "prompt": "a small green star on a white background",
+    "prompt": "a large red circle on a blue background",
+    "seed": 7,
     "stream": True,
     "partial_images": 3,
     "events": "all",  # queue position and progress, too

@@ -165,6 +165,7 @@ def test_the_pipeline_of_diffusers_examples_reads_the_request_from_the_prompt(
     assert differences(images, [expected[3]])[0] < SAME
 
 
+@pytest.mark.full
 def test_bare_calls_are_those_of_the_pipeline(pipeline: Any) -> None:
     before = dict(vars(pipeline.transformer))
     wanted = [("transformer", 1024, 2), ("vae.decode", 1024, 1), ("text_encoder", 16, 3)]

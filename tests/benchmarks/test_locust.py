@@ -486,6 +486,7 @@ def test_page_and_chart_tell_unequal_figures_apart() -> None:
         page("<body></body>", report)
 
 
+@pytest.mark.full
 def test_a_run_against_the_real_server_writes_its_three_reports(
     served: Served, tmp_path: Path
 ) -> None:
@@ -667,6 +668,7 @@ def test_arrivals_beyond_the_cap_are_dropped_and_no_success_is_an_error(
     assert figures["backlog_at_end"] == 3
 
 
+@pytest.mark.full
 def test_enough_samples_have_percentiles_and_all_outputs_agree(
     scripted: tuple[str, type[Scripted]], tmp_path: Path
 ) -> None:

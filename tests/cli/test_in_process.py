@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.support.environment import clean_environment
@@ -14,6 +15,7 @@ from tests.support.waiting import SECONDS
 from tools.shapes.checker import wrong_parts
 
 
+@pytest.mark.full
 def test_this_process_loads_the_model_and_makes_an_image(tmp_path: Path) -> None:
     """Also where the environment is a server's."""
     command = [sys.executable, "-m", "stepweave", "generate", PROMPT, "--seed", "7", "--no-warmup"]

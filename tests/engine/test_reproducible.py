@@ -159,6 +159,7 @@ def test_reproducible_jobs_in_many_companies_of_other_modes(family: Family, mode
     check_companies(family, mode, 15)
 
 
+@pytest.mark.full
 @some_family
 def test_encodings_of_merged_forwards_never_reach_a_reproducible_job(family: Family) -> None:
     """They are remembered for others with the prompt; a reproducible job runs its encoder, and the

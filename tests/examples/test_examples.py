@@ -27,7 +27,7 @@ PROMPTS = (CIRCLE, STAR)
 MADE = {
     "library.py": {"library-1.png": CIRCLE, "library-2.png": None},
     "openai_client.py": {"openai-1.png": CIRCLE, "openai-2.png": CIRCLE},
-    "stream.py": {f"stream-{index}.png": None for index in range(3)} | {"stream-final.png": STAR},
+    "stream.py": {f"stream-{index}.png": None for index in range(3)} | {"stream-final.png": CIRCLE},
     "edit.py": {"edit.png": SQUARE},
     "many_prompts.py": {"prompt-1.png": CIRCLE, "prompt-2.png": STAR},
     "jobs.py": {"job.png": RING},

@@ -159,6 +159,7 @@ def test_what_is_refused_fails_and_nothing_else_does_at_more_steps_and_in_edits(
     )
 
 
+@pytest.mark.full
 def test_a_layout_where_schedulers_break_offers_them_with_the_steps_that_work() -> None:
     model = served(cosine())
     tried = model.scheduler_steps
@@ -180,6 +181,7 @@ def test_a_layout_where_schedulers_break_offers_them_with_the_steps_that_work() 
         assert resolve(model, prompt="x", scheduler="DDIMScheduler", num_inference_steps=steps)
 
 
+@pytest.mark.full
 def test_a_number_between_those_that_were_tried_is_tried_when_asked_for() -> None:
     """4 steps of this one are not finite, though 3 and 5 to 200 are."""
     pipeline = with_scheduler(

@@ -362,6 +362,7 @@ def test_what_fails_is_not_offered_and_what_is_offered_works(name: str) -> None:
     assert FAILED[name](check(name).limits), name
 
 
+@pytest.mark.full
 def test_a_single_step_is_refused_with_the_schedulers_that_fail_at_it() -> None:
     """PixArt takes what other schedulers give second, where there is one step."""
     model, engine = model_of("pixart_alpha")

@@ -9,7 +9,7 @@ from typing import get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stepweave.errors import InvalidRequestError, NotFoundError, shown
+from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
 from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat, ResolvedParameters
 from stepweave.resource import without_del
 from stepweave.serving.jobs import Followed
@@ -111,6 +111,15 @@ async def job_of(job: Followed, files: FileStore, base: str | None) -> JobView:
     except NotFoundError as error:  # it has expired
         return view.model_copy(update={"warnings": [*view.warnings, error.message]})
     return view.model_copy(update={"result": result})
+
+
+async def job_accepted(job: Followed, files: FileStore, base: str | None) -> JobView:
+    """The job, as it is told of at first: with its result if it has one already, and that can be
+    stored. Whether it can be is not the request's fault, and the job itself tells later."""
+    try:
+        return await job_of(job, files, base)
+    except StepweaveError:
+        return job.view()
 
 
 async def url_of(file: ImageFile, base: str, files: FileStore) -> str:

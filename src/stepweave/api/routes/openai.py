@@ -20,7 +20,7 @@ from stepweave.api.answers import (
     check_one_image,
     generation_of,
     image_answer,
-    job_of,
+    job_accepted,
     wants_image,
     wants_stream,
     wants_to_come_back,
@@ -171,7 +171,7 @@ class OpenAIRoutes:
             count = context_of(request.scope).count
             assert count is not None
             count.job = job
-            return await json_answer(await job_of(job, jobs.files, base), headers, 202)
+            return await json_answer(await job_accepted(job, jobs.files, base), headers, 202)
         if streams:
             job = await until_disconnect(request, server.submit(submission))
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
