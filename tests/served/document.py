@@ -20,11 +20,11 @@ instance of the pipeline, which diffusers alone loaded from the same directory: 
 
 - **Library**: whether diffusers alone loads what it saved, and runs the calls.
 - **Served**: whether the server started, and every answer was right; otherwise why not.
-- **Shared**: the share of calls of the denoisers whose forward also served other requests, while the six calls ran together.
+- **Merged share**: the share of calls of the denoisers whose forward also served other requests, while the six calls ran together.
 - **Error**: the largest difference of a pixel, of 255. It must not be more than {tolerance}.
 
 """
-HEADER = "| entry | library | served | shared | error |\n| --- | --- | --- | --- | --- |"
+HEADER = "| entry | library | served | merged share | error |\n| --- | --- | --- | --- | --- |"
 TAIL = """\
 
 Not asked, since their results are no images, or since they need what requests cannot send:

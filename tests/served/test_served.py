@@ -252,6 +252,12 @@ def test_the_section_has_a_row_for_each_report_and_leaves_the_rest_of_the_docume
     assert with_section(document, "") == with_section((ROOT / "docs/pipelines.md").read_text(), "")
 
 
+def test_the_committed_section_has_a_row_for_every_entry() -> None:
+    text = section_of((ROOT / "docs/pipelines.md").read_text())
+    rows = re.findall(r"^\| `(\w+)` \| (?:yes|no)", text, re.MULTILINE)
+    assert sorted(rows) == sorted(ENTRIES), "run `python -m tests.served --write`"
+
+
 # Runs
 
 

@@ -68,8 +68,9 @@ def check_images(
 
 
 def agree(image: Any, other: Any, dtype: torch.dtype) -> bool:
-    """Whether two images are the same, but for what sharing forwards may change."""
-    return _apart(_pixels(image), _pixels(other)) <= _most_apart(dtype)
+    """Whether two images are the same, but for rounding: an image of other noise in a part of the
+    call only is another one."""
+    return _apart(_pixels(image), _pixels(other)) <= _most_apart(dtype) / 10
 
 
 def _apart(pixels: Pixels, others: Pixels) -> float:
