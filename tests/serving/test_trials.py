@@ -134,6 +134,19 @@ def test_a_pipeline_that_goes_by_a_size_of_its_own_is_asked_twice_and_offered_wi
         limits.sizes.read("256x512")
 
 
+def test_a_pipeline_that_mixes_up_width_and_height_is_offered_with_squares() -> None:
+    def attempt(size: Size, **what: Any) -> Fault | None:
+        if size[0] % NATIVE[0] or size[1] % NATIVE[1]:
+            return Fault("it fails")
+        return None if size[0] == size[1] else Fault("upright", size[::-1])
+
+    sizes = narrowed(SEEMING, NATIVE, 5.0, attempt, "Mixed up").sizes
+    assert sizes.square and sizes.read("1024x1024") == (1024, 1024)
+    assert sizes.of_edit((1100, 1500)) == (1024, 1024)
+    with pytest.raises(InvalidRequestError, match="the model makes squares only"):
+        sizes.read("1024x512")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "default", "expected"),
     [

@@ -19,7 +19,7 @@ class SizeLimits:
     """Sides in pixels are multiples of `multiple`, at least `min_side`, and at most `max_side`
     unless that is None; their product is at most `max_pixels`. With `only`, there is one size,
     (width, height). The size `native` is always allowed. With `area`, only the proportions of a
-    size count: all images have about as many pixels."""
+    size count: all images have about as many pixels. With `square`, both sides are equal."""
 
     multiple: int
     max_side: int | None
@@ -28,8 +28,11 @@ class SizeLimits:
     only: tuple[int, int] | None = None
     native: tuple[int, int] | None = None
     area: int | None = None
+    square: bool = False
 
     def __str__(self) -> str:
+        if self.square:
+            return f"Squares whose side is a multiple of {self.multiple}, at most {self.longest}."
         if self.area is not None:
             return f"The proportions count: the model makes images of about {self.area} pixels."
         if self.only is not None:
@@ -52,6 +55,8 @@ class SizeLimits:
             return None
         if self.only is not None:
             return "; the model makes images of {}x{} only".format(*self.only)
+        if self.square and width != height:
+            return "; the model makes squares only"
         if width % self.multiple or height % self.multiple or not width or not height:
             return f"; both sides must be positive multiples of {self.multiple}"
         if min(width, height) < self.min_side:
@@ -72,6 +77,8 @@ class SizeLimits:
         """
         if self.only is not None:
             return self.only
+        if self.square:
+            source = (min(source), min(source))
         width, height = source
         scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
         if self.max_side is None and max(source) * scale > self.longest:
@@ -88,6 +95,8 @@ class SizeLimits:
         """The allowed size with the proportions of `source`, and about as many `pixels`."""
         if self.only is not None:
             return self.only
+        if self.square:
+            source = (min(source), min(source))
         scale = math.sqrt(min(pixels, self.max_pixels) / math.prod(source))
         wanted = tuple(max(1, round(side * scale)) for side in source)
         return nearest_size(

@@ -106,7 +106,7 @@ def narrowed(
         sizes = like.sizes if like is not None and same else _sizes(limits.sizes, native, attempt)
     if like is not None and sizes.only is not None:
         sizes = _about(limits.sizes, native)
-    free = sizes.only is None and sizes.area is None and own is None
+    free = sizes.only is None and sizes.area is None and own is None and not sizes.square
     small = (sizes.min_side, sizes.min_side) if free else native
     uneven = _uneven(sizes) if free else native  # where a wrong size would show
     if math.prod(uneven) > sizes.max_pixels or max(uneven) > sizes.longest:
@@ -194,14 +194,20 @@ def _multiples(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits 
 
 
 def _wider(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
-    """Sizes in multiples of the native one, if twice its width works; or of which only the
-    proportions count, if such an image has those, though not the size."""
+    """Sizes in multiples of the native one, if twice its width works, or squares if it comes out
+    upright; or of which only the proportions count, if such an image has those, though not the
+    size."""
     side, wide = math.gcd(*native), (2 * native[0], native[1])
     if side < sizes.multiple or wide[0] > sizes.longest or math.prod(wide) > sizes.max_pixels:
         return None
     fault = attempt(wide)
+    multiples = replace(sizes, multiple=side, min_side=side)
     if fault is None:
-        return _long_sides(replace(sizes, multiple=side, min_side=side), native, attempt)
+        return _long_sides(multiples, native, attempt)
+    if fault.made == wide[::-1] and native[0] == native[1]:
+        large = (2 * side, 2 * side)
+        fits = math.prod(large) <= sizes.max_pixels
+        return replace(multiples, square=True) if fits and attempt(large) is None else None
     if fault.made is None:
         return None
     share = fault.made[0] * wide[1] / (fault.made[1] * wide[0])
