@@ -134,11 +134,13 @@ def test_a_pipeline_that_goes_by_a_size_of_its_own_is_asked_twice_and_offered_wi
         limits.sizes.read("256x512")
 
 
-def test_a_pipeline_that_mixes_up_width_and_height_is_offered_with_squares() -> None:
+@pytest.mark.parametrize("made", [True, False])
+def test_a_pipeline_that_mixes_up_width_and_height_is_offered_with_squares(made: bool) -> None:
     def attempt(size: Size, **what: Any) -> Fault | None:
         if size[0] % NATIVE[0] or size[1] % NATIVE[1]:
             return Fault("it fails")
-        return None if size[0] == size[1] else Fault("upright", size[::-1])
+        upright = size[::-1] if made else None
+        return None if size[0] == size[1] else Fault("upright", upright)
 
     sizes = narrowed(SEEMING, NATIVE, 5.0, attempt, "Mixed up").sizes
     assert sizes.square and sizes.read("1024x1024") == (1024, 1024)

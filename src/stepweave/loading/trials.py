@@ -194,8 +194,8 @@ def _multiples(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits 
 
 
 def _wider(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
-    """Sizes in multiples of the native one, if twice its width works, or squares if it comes out
-    upright; or of which only the proportions count, if such an image has those, though not the
+    """Sizes in multiples of the native one, if twice its width works, or squares if it fails or
+    comes out upright; or of which only the proportions count, if such an image has those, though not the
     size."""
     side, wide = math.gcd(*native), (2 * native[0], native[1])
     if side < sizes.multiple or wide[0] > sizes.longest or math.prod(wide) > sizes.max_pixels:
@@ -204,7 +204,7 @@ def _wider(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | No
     multiples = replace(sizes, multiple=side, min_side=side)
     if fault is None:
         return _long_sides(multiples, native, attempt)
-    if fault.made == wide[::-1] and native[0] == native[1]:
+    if fault.made in (None, wide[::-1]) and native[0] == native[1]:
         large = (2 * side, 2 * side)
         fits = math.prod(large) <= sizes.max_pixels
         return replace(multiples, square=True) if fits and attempt(large) is None else None
