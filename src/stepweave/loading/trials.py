@@ -195,8 +195,8 @@ def _multiples(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits 
 
 def _wider(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits | None:
     """Sizes in multiples of the native one, if twice its width works, or squares if it fails or
-    comes out upright; or of which only the proportions count, if such an image has those, though not the
-    size."""
+    comes out upright; or of which only the proportions count, if such an image has those, though
+    not the size."""
     side, wide = math.gcd(*native), (2 * native[0], native[1])
     if side < sizes.multiple or wide[0] > sizes.longest or math.prod(wide) > sizes.max_pixels:
         return None
