@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from tests.pipelines.catalog import entries, entry_modules
 from tests.pipelines.registry import Entry
+from tests.support.waiting import wait_until
 
 # a dataclass of plain data with `name`, `pipeline`, and `failed`, which says why there is no result
 R = TypeVar("R")
@@ -98,6 +99,21 @@ class Runs(Generic[R]):
                 for field, value in kept.items()
             }
         )
+
+    def reports(
+        self, names: Collection[str], folder: Path, items: Iterable[Any], test: str
+    ) -> list[R]:
+        """The reports of all entries. Those of which the `items` of a session of pytest have `test`
+        are made by it, perhaps in another process that has not got so far; others are made here."""
+        others = {item.name[len(test) + 1 : -1] for item in items if item.name.startswith(test)}
+        for name in names:
+            if name in others:
+                wait_until(lambda name=name: self.load(name, folder))  # type: ignore[misc]
+            elif self.load(name, folder) is None:
+                list(self.run([name], folder))
+        found = [report for name in names if (report := self.load(name, folder)) is not None]
+        assert len(found) == len(names)
+        return found
 
     def save(self, report: R, path: Path) -> None:
         half = path.with_suffix(".part")

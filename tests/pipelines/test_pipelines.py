@@ -14,9 +14,8 @@ from tests.pipelines.catalog import NOT_BUILT, entries, exported
 from tests.pipelines.check import TAKES_TURNS, Report
 from tests.pipelines.document import GROUPS, classes, document
 from tests.pipelines.registry import Entry
-from tests.pipelines.run import load, run, save
+from tests.pipelines.run import RUNS, load, run, save
 from tests.support.environment import ROOT
-from tests.support.waiting import wait_until
 
 ENTRIES = entries()
 VERSIONS = {"diffusers": "0.42.1", "torch": "2.13.0"}
@@ -250,18 +249,7 @@ def test_every_entry_agrees_with_its_plain_calls(name: str, folder: Path) -> Non
 @pytest.mark.timeout(7200)
 def test_nearly_all_classes_share_forwards(folder: Path, request: pytest.FixtureRequest) -> None:
     test = test_every_entry_agrees_with_its_plain_calls.__name__
-    others = {
-        item.name[len(test) + 1 : -1]
-        for item in request.session.items
-        if item.name.startswith(test)
-    }
-    for name in ENTRIES:
-        if name in others:  # in this process, or another one that has not got so far
-            wait_until(lambda name=name: load(name, folder))
-        elif load(name, folder) is None:
-            list(run([name], folder))
-    reports = [report for name in ENTRIES if (report := load(name, folder)) is not None]
-    assert len(reports) == len(ENTRIES)
+    reports = RUNS.reports(ENTRIES, folder, request.session.items, test)
     found = {name: merges for name, merges in classes(reports).items() if merges is not None}
     alone = [name for name, merges in found.items() if not merges]
     assert len(found) - len(alone) >= LEAST_CLASSES

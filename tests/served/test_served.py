@@ -29,9 +29,8 @@ from tests.served.document import section, share
 from tests.served.entries import NOT_IMAGES, NOT_SERVED, excluded, served
 from tests.served.plain import Case, as_array
 from tests.served.requests import Answer, NotAskedError, ask, check_sayable
-from tests.served.run import load, run
+from tests.served.run import RUNS, load, run
 from tests.support.environment import ROOT
-from tests.support.waiting import wait_until
 
 ENTRIES = served()
 LEAST_SHARE = 0.9
@@ -291,16 +290,5 @@ def test_every_entry_is_asked(name: str, folder: Path) -> None:
 @pytest.mark.timeout(7200)
 def test_nearly_all_are_served(folder: Path, request: pytest.FixtureRequest) -> None:
     test = test_every_entry_is_asked.__name__
-    others = {
-        item.name[len(test) + 1 : -1]
-        for item in request.session.items
-        if item.name.startswith(test)
-    }
-    for name in ENTRIES:
-        if name in others:  # in this process, or another one that has not got so far
-            wait_until(lambda name=name: load(name, folder))
-        elif load(name, folder) is None:
-            list(run([name], folder))
-    reports = [report for name in ENTRIES if (report := load(name, folder)) is not None]
-    assert len(reports) == len(ENTRIES)
+    reports = RUNS.reports(ENTRIES, folder, request.session.items, test)
     assert share(reports) >= LEAST_SHARE, [one.name for one in reports if not one.right]

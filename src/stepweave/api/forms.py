@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED, whole_body
 from stepweave.api.idempotency import joins
+from stepweave.api.model_fields import with_fields
 from stepweave.api.schemas import (
     CHARSETS,
     MAX_SAME,
@@ -134,12 +135,8 @@ async def read_form(request: Request, fields: RequestFields) -> Form:
     _check_charset(request.headers.get("content-type", ""))
     limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
     parser = _Parser(request.headers, request.stream(), **limits)
-    parser.same = {"images": IMAGE, **fields.same}
-    known = {IMAGE: False, MASK: True} | {
-        name: argument.type == "mask"
-        for name, argument in fields.images.items()
-        if name not in parser.same
-    }
+    parser.same = fields.same
+    known = _files_of(fields)
     parser.several = [name for name, is_mask in known.items() if not is_mask]
     try:
         data = await parser.parse()
@@ -159,7 +156,7 @@ async def read_form(request: Request, fields: RequestFields) -> Form:
             for name, field in fields.arguments.items()
             if takes_lists(field.argument.value)
         }
-        return _sorted(data, known, parser.same, lists)
+        return _sorted(data, known, fields.same, lists)
     except BaseException:
         await data.close()
         raise
@@ -220,6 +217,14 @@ def _as_list(several: list[str], *, words: bool) -> str:
     return to_json(values).decode()
 
 
+def _files_of(fields: RequestFields) -> dict[str, bool]:
+    """The names of files, and whether each is a mask; `image` and `mask` are known to all models,
+    which say themselves that they take none."""
+    return {IMAGE: False, MASK: True} | {
+        name: argument.type == "mask" for name, argument in fields.files.items()
+    }
+
+
 def _name(given: str, same: Mapping[str, str]) -> str:
     """A field's name, without the brackets of one that may come several times."""
     name = given.removesuffix("[]")
@@ -245,12 +250,17 @@ async def data_urls_of(body: RequestT, fields: RequestFields) -> tuple[RequestT,
     return body.model_copy(update=dict.fromkeys(given)), Form({}, files)
 
 
-async def read_json_edit(
-    request: Request, schema: type[RequestT], fields: RequestFields
+async def read_json(
+    request: Request, server: Server, schema: type[RequestT], place: Reservation | None = None
 ) -> tuple[RequestT, Form]:
-    """The request of a JSON body, and its images, for which alone memory is kept."""
+    """The request of a JSON body with the fields of the model, and its images, for which alone
+    memory is kept. Raises UnavailableError if the server is not ready, unless the request has a
+    `place`."""
     async with whole_body(request) as content:
-        given = await parse_off_loop(content, schema)
+        if place is None:
+            server.ready()
+        fields = server.fields
+        given = await parse_off_loop(content, with_fields(schema, fields))
     return await data_urls_of(given, fields)
 
 
@@ -268,8 +278,9 @@ async def place_for(
 
 def form_of_bytes(files: Mapping[str, Sequence[bytes]], fields: RequestFields) -> Form:
     """The images of a request that has them as bytes, by name."""
+    masks = _files_of(fields)
     found = [
-        UploadedFile(name, content, fields.images[name].type == "mask")
+        UploadedFile(name, content, masks[name])
         for name, contents in files.items()
         for content in contents
     ]
@@ -278,18 +289,16 @@ def form_of_bytes(files: Mapping[str, Sequence[bytes]], fields: RequestFields) -
 
 def _decoded(given: dict[str, Any], fields: RequestFields) -> list[UploadedFile]:
     files: list[UploadedFile] = []
+    masks = _files_of(fields)
     with contextlib.ExitStack() as exits:  # closes them if one is refused
         for name, value in given.items():
-            meant = {"images": IMAGE, **fields.same}.get(name, name)
+            meant = _name(name, fields.same)
             if any(meant == file.name for file in files):
                 raise _too_many(meant, 1)
-            is_mask = meant == MASK or (
-                meant in fields.images and fields.images[meant].type == "mask"
-            )
             for one in value if isinstance(value, list) else [value]:
                 url = one.image_url if isinstance(one, ImageReference) else one
                 file = exits.enter_context(_spooled(_bytes_of(url, name)))
-                files.append(UploadedFile(meant, file, is_mask))
+                files.append(UploadedFile(meant, file, masks[meant]))
         exits.pop_all()
     return files
 

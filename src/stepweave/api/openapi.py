@@ -196,9 +196,8 @@ def _as_form(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
     """A form's schema: it has files, and no null."""
     properties: dict[str, Any] = {"image": FILE, "mask": FILE}
     several = {"type": "array", "items": FILE, "minItems": 1, "maxItems": MAX_SAME}
-    for name in fields.images:
-        if name not in fields.same:
-            properties[name] = several if name in fields.several else FILE
+    for name in fields.files:
+        properties[name] = several if name in fields.several else FILE
     for name, field in schema["properties"].items():
         values = {
             key: value

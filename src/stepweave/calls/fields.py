@@ -30,10 +30,15 @@ class RequestFields:
 
     arguments: Mapping[str, ArgumentField] = field(default_factory=dict)
     images: Mapping[str, Argument] = field(default_factory=dict)
-    same: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=lambda: {"images": "image"})
     several: Collection[str] = ()
     prompt: bool = True
     needs: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> dict[str, Argument]:
+        """The images without names that mean others."""
+        return {name: one for name, one in self.images.items() if name not in self.same}
 
 
 NONE = RequestFields()  # of a model that is not known yet
@@ -55,7 +60,7 @@ def fields_of(
     first, *others = descriptions
     arguments: dict[str, ArgumentField] = {}
     images: dict[str, Argument] = {}
-    same = {} if first.image == "images" else {"images": "image"}
+    same = {"images": "image"}
     for description in (first, *others):
         for name, argument in description.arguments.items():
             if offered.get(name) is False or name in arguments:

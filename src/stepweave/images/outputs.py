@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -39,9 +39,7 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
 
     Raises NoImagesError, naming the class `pipeline` and its results, if there are none.
     """
-    images = next(
-        (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
-    )
+    images = _images_member(output)
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, (list, tuple)):
@@ -63,14 +61,21 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
     )
 
 
-def has_parts(output: Any) -> bool:
-    """Whether an output has several images for each requested one: a list of lists, or maps."""
-    images = next(
+def images_each(output: Any, images: Sequence[Image.Image], count: int) -> int:
+    """How many of an output's `images` there are for each of `count` requested ones; 0 if they do
+    not divide so. More than one only in a list of lists, as a stack of layers is, or in maps."""
+    each, left = divmod(len(images), count)
+    member = _images_member(output)
+    nested = isinstance(member, (list, tuple)) and any(
+        isinstance(entry, (list, tuple)) for entry in member
+    )
+    return 0 if left or (each > 1 and not nested and not hasattr(member, "shape")) else each
+
+
+def _images_member(output: Any) -> Any:
+    return next(
         (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
     )
-    if isinstance(images, (list, tuple)):
-        return any(isinstance(entry, (list, tuple)) for entry in images)
-    return hasattr(images, "shape")
 
 
 def images_of_map(values: Any) -> list[Image.Image]:

@@ -35,7 +35,7 @@ from stepweave.parameters import (
     Sources,
 )
 from stepweave.planning.workload import arguments_of, takes
-from stepweave.serving.arguments import resolve_arguments, resolve_steps, work_limits
+from stepweave.serving.arguments import OWN_TIMES, resolve_arguments, resolve_steps, work_limits
 from stepweave.serving.call import (
     call_arguments,
     check_call,
@@ -364,7 +364,7 @@ class ServedModel:
                 )
         return pipeline
 
-    def takes_several(self, pipeline: Any, name: str) -> None:
+    def note_several(self, pipeline: Any, name: str) -> None:
         """Note that a pipeline takes several images of that name."""
         self.inputs.note_several(pipeline, name)
         self.fields = self._fields()
@@ -431,7 +431,7 @@ class ServedModel:
 
     def _own_times(self, parameters: Parameters) -> bool:
         """Whether a request has timesteps of its own, which no rehearsal tells about."""
-        return any(parameters.arguments.get(name) for name in ("sigmas", "timesteps"))
+        return any(parameters.arguments.get(name) for name in OWN_TIMES)
 
     def _course(self, parameters: Parameters) -> Course:
         tokens = self._tokens(parameters.width, parameters.height)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stepweave.errors import ContentFlaggedError, ImageCountError
 from stepweave.images.encode import encode
-from stepweave.images.outputs import has_parts, images_of, is_constant, outputs_of
+from stepweave.images.outputs import images_each, images_of, is_constant, outputs_of
 from stepweave.parameters import (
     GeneratedImages,
     ImageFile,
@@ -42,9 +42,8 @@ class Results:
         """The images in a job's output. Raises ContentFlaggedError and ImageCountError."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
         count = len(images)
-        # some make several for each, as a stack of layers
-        self._each, left = divmod(count, parameters.n)
-        if left or not count or (self._each > 1 and not has_parts(output)):
+        self._each = images_each(output, images, parameters.n)
+        if not self._each:
             raise ImageCountError(
                 f"The pipeline made {count} images; {parameters.n} were requested."
             )

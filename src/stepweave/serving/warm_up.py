@@ -23,7 +23,7 @@ from stepweave.errors import (
     OutOfMemoryError,
     RequestError,
 )
-from stepweave.images.outputs import has_parts, images_of, outputs_of
+from stepweave.images.outputs import images_each, images_of, outputs_of
 from stepweave.loading.first_images import agree, check_images
 from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
@@ -178,7 +178,7 @@ class WarmUp:
             ]
             one, both = results
             if one and both and len(both) == 1 and one[0].tobytes() != both[0].tobytes():
-                self._model.takes_several(pipeline, name)
+                self._model.note_several(pipeline, name)
 
     def _try_copies(self, kind: str, pipeline: Any) -> None:
         """Find out whether a pipeline makes several images of one that is passed once, or once for
@@ -353,8 +353,7 @@ class WarmUp:
         except Exception as error:
             fault = Fault(reason_of(error))
         else:
-            each, left = divmod(len(images), count)
-            if left or not images or (each > 1 and not has_parts(output)):
+            if not images_each(output, images, count):
                 fault = Fault(f"{len(images)} images instead of {count}")
             else:
                 wrong = next((made for made in sizes if made != size), None)

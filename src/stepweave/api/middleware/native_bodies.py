@@ -17,14 +17,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from stepweave.api.bodies import whole_body
 from stepweave.api.context import context_of
 from stepweave.api.forms import (
-    data_urls_of,
     edit_of,
     place_for,
     read_form,
-    read_json_edit,
+    read_json,
     reserve,
 )
 from stepweave.api.idempotency import submission_of
@@ -37,7 +35,6 @@ from stepweave.api.schemas import (
     StreamRequest,
     is_json,
     parse_form,
-    parse_off_loop,
     require_form,
     require_json,
 )
@@ -68,11 +65,7 @@ class NativeBodies(Middleware):
 async def _read(request: Request, server: Server, exits: contextlib.ExitStack) -> None:
     """Leave the submission of a request in JSON in the request's context."""
     require_json(request.headers.get("content-type", ""))
-    async with whole_body(request) as content:
-        server.ready()
-        schema = with_fields(SCHEMAS[request.scope["path"]], server.fields)
-        given = await parse_off_loop(content, schema)
-        body, form = await data_urls_of(given, server.fields)
+    body, form = await read_json(request, server, SCHEMAS[request.scope["path"]])
     exits.enter_context(form)
     place = exits.enter_context(await place_for(request, server, form))
     options = await edit_of(form, server, body, place) if form.files else {}
@@ -90,7 +83,7 @@ async def _read_edit(request: Request, server: Server, exits: contextlib.ExitSta
     place = exits.enter_context(await reserve(request, server))
     fields = server.fields
     if is_json(content_type):
-        body, form = await read_json_edit(request, with_fields(BentoMLEditBody, fields), fields)
+        body, form = await read_json(request, server, BentoMLEditBody, place)
         exits.enter_context(form)
         place.settle()
     else:

@@ -45,7 +45,7 @@ def with_model(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
     schema = copy.deepcopy(schema)
     known = with_fields(ImageRequest, fields, files=False).model_json_schema()["properties"]
     arguments = {name: known[name] for name in fields.arguments}
-    files = {name: {**FILE, "default": None} for name in fields.images if name not in fields.same}
+    files = {name: {**FILE, "default": None} for name in fields.files}
     if "image" in fields.several:
         files["images"] = {"type": "array", "items": FILE, "default": None}
     for route in schema["routes"]:

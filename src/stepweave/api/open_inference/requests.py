@@ -62,7 +62,7 @@ def accepted_inputs(arguments: Collection[str], fields: RequestFields) -> dict[s
 
 def file_inputs(fields: RequestFields) -> tuple[str, ...]:
     """The inputs that are image files."""
-    return tuple(name for name in fields.images if name not in fields.same)
+    return tuple(fields.files)
 
 
 def required_inputs(fields: RequestFields) -> tuple[str, ...]:

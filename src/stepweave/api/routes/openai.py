@@ -25,17 +25,16 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
-from stepweave.api.bodies import pass_over_body, whole_body
+from stepweave.api.bodies import pass_over_body
 from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
 from stepweave.api.forms import (
     Form,
-    data_urls_of,
     edit_of,
     place_for,
     read_form,
-    read_json_edit,
+    read_json,
     reserve,
 )
 from stepweave.api.idempotency import submission_of
@@ -48,7 +47,6 @@ from stepweave.api.schemas import (
     OpenAIRequest,
     is_json,
     parse_form,
-    parse_off_loop,
     require_form,
     require_json,
 )
@@ -82,11 +80,7 @@ class OpenAIRoutes:
 
     async def generations(self, request: Request) -> Response:
         require_json(request.headers.get("content-type", ""))
-        async with whole_body(request) as content:
-            self.server.ready()
-            fields = self.server.fields
-            body = await parse_off_loop(content, with_fields(GenerationRequest, fields))
-            body, form = await data_urls_of(body, fields)
+        body, form = await read_json(request, self.server, GenerationRequest)
         with form, await place_for(request, self.server, form) as place:
             return await self._answer(request, body, form if form.files else None, place)
 
@@ -99,7 +93,7 @@ class OpenAIRoutes:
         with await reserve(request, self.server) as place:
             fields = self.server.fields
             if in_json:
-                body, form = await read_json_edit(request, with_fields(EditBody, fields), fields)
+                body, form = await read_json(request, self.server, EditBody, place)
             else:
                 form = await read_form(request, fields)
             with form:
@@ -257,6 +251,5 @@ def _images(model: ServedModel) -> list[ModelImage]:
             several=name in fields.several,
             description=argument.description,
         )
-        for name, argument in fields.images.items()
-        if name not in fields.same
+        for name, argument in fields.files.items()
     ]
