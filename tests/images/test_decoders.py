@@ -477,6 +477,29 @@ async def test_a_process_ends_with_the_task_that_waits_for_it() -> None:
         assert (await read(pool, JPEG)).image.size == (64, 64)
 
 
+async def test_closing_leaves_a_busy_connection_to_the_thread_that_reads_it() -> None:
+    """Closed twice, its number may be another file's by then."""
+    closed_by = []
+    close = decoders._Process.close
+
+    def closing(process: decoders._Process) -> None:
+        closed_by.append(threading.current_thread().name)
+        close(process)
+
+    with patch.object(decoders._Process, "close", closing):
+        async with decoding() as pool:
+            await read(pool, JPEG)
+            (await one_process()).suspend()
+            failing = asyncio.ensure_future(pool.read_sources(files_of(JPEG)))
+            await asyncio.to_thread(wait_until, lambda: not pool._idle)
+            await asyncio.to_thread(pool.close)
+            with pytest.raises(StepweaveError) as caught:
+                await asyncio.wait_for(failing, SECONDS)
+    assert caught.value.code == "decoder_failed"
+    assert len(closed_by) == 1
+    assert closed_by[0].startswith("stepweave-decode")
+
+
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 async def test_a_process_that_dies_fails_its_request_alone(number: signal.Signals) -> None:
     async with decoding() as pool:

@@ -103,15 +103,18 @@ class Decoders:
             self.waiting -= 1
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes. A busy one's connection is closed by the thread that reads it, since
+        the number of a closed one may already be another file's."""
         with self._lock:
             self._closed = True
-            processes = list(self._all)
+            processes, idle, self._idle = list(self._all), self._idle, []
         self._threads.shutdown(wait=False)
         for process in processes:
             process.kill()
+        for process in idle:
+            self._end(process)
         for process in processes:
-            process.reap()
+            process.wait()
 
     def _run(self, task: _Task) -> Sources:
         if task.ended is not None:
@@ -120,10 +123,11 @@ class Decoders:
         try:
             return task.run(process)
         finally:
-            if process.usable:
-                with self._lock:
+            with self._lock:
+                kept = process.usable and not self._closed
+                if kept:
                     self._idle.append(process)
-            else:
+            if not kept:
                 self._end(process)
 
     def _take(self) -> _Process:
@@ -155,7 +159,8 @@ class Decoders:
 
     def _end(self, process: _Process) -> None:
         process.kill()
-        process.reap()
+        process.wait()
+        process.close()
         with self._lock:
             self._all.discard(process)
 
@@ -218,8 +223,8 @@ class _Task:
 
 
 class _Process:
-    """One decoder process, and the connection to it. `decode` is for one thread at a time, `kill`
-    for any."""
+    """One decoder process, and the connection to it. `decode` and `close` are for one thread at a
+    time, `kill` and `wait` for any."""
 
     def __init__(self, max_pixels: int) -> None:
         ours, its = socket.socketpair()
@@ -311,9 +316,12 @@ class _Process:
         self._process.kill()
         return self._process.wait()
 
-    def reap(self) -> None:
-        """Wait for the end of a killed process, so that no zombie remains."""
+    def wait(self) -> None:
+        """Wait for the end of a killed process, so that no zombie remains. For any thread."""
         self._process.wait()
+
+    def close(self) -> None:
+        """Close the connection, once the process has ended."""
         self._connection.close()
 
 
