@@ -739,9 +739,8 @@ def uses_time_and_weights(self: nn.Module, x: Tensor, timestep: Tensor) -> Tenso
     return honest(x + torch.sin(timestep[:, None] / 300).to(x.dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str
-)
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_proofs_and_audits_take_at_most_a_fiftieth_of_the_forwards(dtype: torch.dtype) -> None:
     """Of 3,000 after a warm-up, single calls of proofs and audits counted one by one."""
 

@@ -376,11 +376,15 @@ def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(
 @pytest.mark.parametrize(
     "name",
     [
-        "stable_diffusion_3",
         "flux",
         *(
             pytest.param(name, marks=pytest.mark.full)
-            for name in ("stable_diffusion_3_dynamic", "qwen_image", "hunyuan_image")
+            for name in (
+                "stable_diffusion_3",
+                "stable_diffusion_3_dynamic",
+                "qwen_image",
+                "hunyuan_image",
+            )
         ),
     ],
 )

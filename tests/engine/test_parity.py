@@ -176,7 +176,6 @@ MIXED = (
     "stable_diffusion",
     "stable_diffusion_3",
     "flux",
-    "stable_cascade",
 )  # whose schedulers are mixed in the quick run
 # Whose one scheduler is left to the full run: others, or their own mixed ones, stand for them
 REPEATED = (
@@ -250,7 +249,7 @@ def check_companies(
     tally.check(family, least)
 
 
-@families(FAMILIES, quick=("flux",))
+@families(FAMILIES, quick=())
 def test_an_image_is_the_same_in_any_company(
     family: Family, record_property: Callable[[str, object], None]
 ) -> None:

@@ -52,7 +52,7 @@ FAMILIES = [
     "stable_cascade",
     "hunyuan_image",
 ]
-QUICK = {"stable_diffusion", "flux"}
+QUICK = {"flux"}
 
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -36,10 +36,10 @@ ENTRIES = served()
 LEAST_SHARE = 0.9
 # one of every kind of input and result
 SOME = (
-    "flux",  # text to image
-    "stable_diffusion_xl_img2img",
+    "sana",  # text to image
+    "flux_img2img",
     "z_image_inpaint",
-    "qwen_image_edit",  # an instruction
+    "flux_kontext",  # an instruction
     "qwen_image_edit_plus",  # several references
     "stable_diffusion_upscale",
     "stable_diffusion_image_variation",  # no prompt

@@ -367,7 +367,7 @@ FAILED: dict[str, Callable[[Limits], bool]] = {
     "pixart_alpha": lambda limits: limits.sizes.multiple == 8,
     "hunyuan_image_text": lambda limits: limits.sizes.min_side == 4,
 }
-QUICK = ("z_image", "aura_flow", "prx")
+QUICK = ("aura_flow", "prx")
 
 
 @pytest.mark.parametrize(
