@@ -131,6 +131,8 @@ class Parameters:
     sources: Sources | None = None  # of an edit
     request_tag: str | None = None  # the client's own text
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the pipeline
+    # names of components beside the model, by the request's field
+    components: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of image `index`, for answers and metadata of files."""
@@ -147,6 +149,8 @@ class Parameters:
                 values[name] = value
         if self.reproducible:
             values["reproducible"] = True
+        for name, names in self.components:
+            values[name] = names[0] if len(names) == 1 else list(names)
         return values | dict(self.arguments)
 
 

@@ -56,7 +56,7 @@ def test_the_setting_is_json_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         (
             '{"sampler": 1}',
             "there is no member 'sampler' (allowed are id, width, height, num_inference_steps, "
-            "guidance_scale, call, limits)",
+            "guidance_scale, call, limits, components)",
         ),
         ('{"width": 4}', "width is 4: Input should be greater than or equal to 8"),
         ('{"width": "64"}', "width is '64': Input should be a valid integer"),

@@ -13,7 +13,7 @@ from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import LoadError
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.progress import Components, amount, downloading
-from tests.support.hub import COMMIT, PIECE, Hub, hub
+from tests.support.hub import COMMIT, PIECE, hub, point_to
 from tests.support.waiting import SECONDS, wait_until
 
 CPU = torch.device("cpu")
@@ -26,13 +26,6 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", PIECE)
     return Settings(model=REPOSITORY, revision=COMMIT)
-
-
-def point_to(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.url)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                        served.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
 
 
 def test_bytes_of_a_download_and_of_the_components_are_told(

@@ -94,11 +94,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, preset: Collection[str], pixels: int) -> Iterator[Served]:
-    """Serve a directory as a user does, with its warm-up, for images of up to so many pixels.
-    Raises NotServedError."""
+def serving(folder: Path, preset: Collection[str], pixels: int, **further: str) -> Iterator[Served]:
+    """Serve a directory as a user does, with its warm-up, for images of up to so many pixels, and
+    with further settings. Raises NotServedError."""
     most = max(pixels, LEAST_PIXELS)
     changes = {"STEPWEAVE_MODEL": str(folder), "STEPWEAVE_MAX_PIXELS": str(most), **SETTINGS}
+    changes |= further
     with patch.dict(os.environ, clean_environment(**changes), clear=True):
         settings = Settings.load()
     server = Server(settings)

@@ -25,6 +25,7 @@ from stepweave.errors import InvalidRequestError, LoadError
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.sizes import nearest_size
 from stepweave.planning.cost import CostModel
+from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, Kind
 from stepweave.serving.model import ServedModel
 from stepweave.serving.warm_up import WarmUp, warm_up
 from tests.support.fake_pipeline import FakeEdits, FakePipeline
@@ -159,7 +160,7 @@ def test_the_size_of_an_edit_that_the_model_cannot_make_is_refused() -> None:
         model.size_of_edit((64, 64), "63x64", masked=False)
     assert caught.value.param == "size"
     model = edits()
-    model.inpaint = None
+    model.drop(Kind(INPAINTING))
     assert model.size_of_edit((64, 64), "auto", masked=False) == (64, 64)
     with pytest.raises(InvalidRequestError, match="does not support inpainting") as caught:
         model.size_of_edit((64, 64), None, masked=True)
@@ -212,7 +213,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     call = model.call(
         resolve(model, prompt="x", n=2, strength=0.5, sources=sources_of(gradient(41, 30), mask))
     )
-    assert call["pipeline"] is model.inpaint
+    assert call["pipeline"] is model.pipelines.tasks()[INPAINTING]
     assert [image.size for image in call["image"]] == [(40, 32)] * 2
     assert (
         call["mask_image"].size == (40, 32)
@@ -222,7 +223,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     with StepEngine(model.pipeline, "off") as engine:
         assert len(engine.submit(**call).result(SECONDS).images) == 2
     call = model.call(resolve(model, prompt="x", sources=sources_of(gradient())))
-    assert call["pipeline"] is model.image_to_image
+    assert call["pipeline"] is model.pipelines.tasks()[IMAGE_TO_IMAGE]
     assert call["strength"] == 0.6  # the sibling's own
     assert "pipeline" not in model.call(resolve(model, prompt="x"))
 

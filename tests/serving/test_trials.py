@@ -27,6 +27,7 @@ from stepweave.errors import DeviceFailedError, InvalidRequestError, LoadError, 
 from stepweave.loading.sizes import SizeLimits
 from stepweave.loading.trials import SLIGHT, Fault, Limits, narrowed
 from stepweave.parameters import Sources
+from stepweave.serving.kinds import Kind
 from stepweave.serving.model import ServedModel
 from stepweave.serving.warm_up import WarmUp
 from tests.pipelines.catalog import entries
@@ -318,8 +319,8 @@ def check(name: str) -> ServedModel:
             "image_to_image": sources_of(image),
             "inpainting": sources_of(image, image.convert("L")),
         }
-        for kind in model.pipelines():
-            sources, limits = kinds.get(kind), model.limits_of(kind)
+        for task in model.pipelines.tasks():
+            sources, limits = kinds.get(task), model.limits_of(Kind(task))
             for asked in requests(model, limits, sources):
                 try:
                     parameters = resolve(

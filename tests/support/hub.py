@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIECE = 1 << 16
 
@@ -41,6 +43,14 @@ class Hub:
             }
             for file in self.files()
         ]
+
+
+def point_to(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the hub's library ask this one."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                        served.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
 
 
 def etag(file: Path) -> str:

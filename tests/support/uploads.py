@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -41,3 +43,10 @@ def read_sources(
         files.append(Upload("mask", mask, is_mask=True))
     named = None if fit is None else whatever_its_name(fit)
     return uploads.read_sources(files, leading="image", max_pixels=max_pixels, fit=named)
+
+
+def url_of(image: Image.Image) -> str:
+    """An image as a data URL of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

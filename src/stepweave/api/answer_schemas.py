@@ -137,6 +137,18 @@ class ModelImage(Resource):
     description: str
 
 
+class ModelComponent(Resource):
+    """A component beside the model, which requests may name."""
+
+    name: str
+    field: str = Field(description="The field of requests that names it.")
+    model: str = Field(description="Its class.")
+    image: str = Field(description="The image that it is guided by.")
+    edits: list[str] = Field(description="The edits for which it can be used.")
+    generations: bool = Field(description="Whether it can be used without another image.")
+    description: str
+
+
 class ModelDetails(Limits):
     """What the model takes, and how it is run."""
 
@@ -159,6 +171,7 @@ class ModelDetails(Limits):
     )
     arguments: list[ModelArgument]
     images: list[ModelImage]
+    components: list[ModelComponent]
     prompt: bool = Field(description="Whether it takes one.")
     generations: bool = Field(description="Whether it makes images without being sent some.")
     edits: list[Literal["image_to_image", "inpainting"]]

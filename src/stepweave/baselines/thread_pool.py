@@ -38,7 +38,7 @@ class ThreadPool(JobQueue):
     ) -> None:
         super().__init__(planner, stats, health)
         threads = config.threads if config.mode == "threads" else 1
-        self._scope = PrivateScope(pipeline)
+        self._scope = PrivateScope(pipeline, beside=config.beside)
         self._max_images = config.max_rows if config.mode == "request" else 1  # of one call
         self._running: dict[str, RunningJob] = {}
         self._closed = False  # `_wake` guards both

@@ -8,10 +8,11 @@ from stepweave.calls.argument import (
     takes_lists,
 )
 from stepweave.calls.bounds import Bounds, WorkLimits
-from stepweave.calls.description import CallDescription, Kind, described
+from stepweave.calls.description import CONTROL_IMAGE, CallDescription, Kind, described
 from stepweave.calls.fields import NONE, ArgumentField, RequestFields, fields_of
 
 __all__ = [
+    "CONTROL_IMAGE",
     "NONE",
     "Argument",
     "ArgumentField",

@@ -47,6 +47,7 @@ class WorkLimits:
     characters: int  # of a text
     train_timesteps: int = 1000  # of the scheduler
     classes: int | None = None  # of a class-conditional model
+    modes: int | None = None  # kinds of images that a ControlNet takes
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def bounds_of(name: str, default: Any, *, integer: bool, limits: WorkLimits) -> 
             return Bounds(1, max(largest, limits.images))
         if _TOKENS.search(name):  # tables of positions may end at the default
             return Bounds(1, largest or MOST_TOKENS)
+        if name == "control_mode" and limits.modes is not None:
+            return Bounds(0, limits.modes - 1)
         if _INDEX.search(name):
             return None
         if _RESOLUTION.search(name):

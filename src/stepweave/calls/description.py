@@ -34,6 +34,7 @@ FIELDS = frozenset(
     ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
     + ("guidance_rescale", "strength", "num_images_per_prompt", "batch_size")
 )
+CONTROL_IMAGE = "control_image"  # how requests call the image that a ControlNet is guided by
 # names of diffusers' pipelines that need an image, although its default is None
 _NEEDS_IMAGES = re.compile(
     r"Img2Img|I2I|Inpaint|Upscal|SuperResolution|Control|Adapter|Fill|Depth2Img|Pix2Pix|Refiner"
@@ -84,6 +85,15 @@ class CallDescription:
         return "image" if "image" in names else names[0] if names else None
 
     @property
+    def control(self) -> str | None:
+        """The argument that requests mean by `control_image`: the image that guides a ControlNet or
+        a T2I-Adapter; None if there is none."""
+        if CONTROL_IMAGE in self.images:
+            return CONTROL_IMAGE
+        guided = {"controlnet_conditioning_scale", "adapter_conditioning_scale"} & self.takes
+        return self.image if guided and "strength" not in self.takes else None
+
+    @property
     def mask(self) -> str | None:
         """The argument that requests mean by `mask`; None if there is none."""
         names = [name for name, argument in self.images.items() if argument.type == "mask"]
@@ -124,9 +134,9 @@ class CallDescription:
         )
 
     def name_of(self, image: str) -> str | None:
-        """The pipeline's name of an image that a request calls `image`, `mask` or as the pipeline
-        does; None if there is none."""
-        known = {"image": self.image, "mask": self.mask}
+        """The pipeline's name of an image that a request calls `image`, `mask`, `control_image` or
+        as the pipeline does; None if there is none."""
+        known = {"image": self.image, "mask": self.mask, CONTROL_IMAGE: self.control}
         return image if image in self.images else known.get(image)
 
 

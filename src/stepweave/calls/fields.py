@@ -8,7 +8,7 @@ from typing import Any
 
 from stepweave.calls.argument import Argument, has_scalar
 from stepweave.calls.bounds import Bounds, WorkLimits, bounds_of
-from stepweave.calls.description import CallDescription
+from stepweave.calls.description import CONTROL_IMAGE, CallDescription
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def fields_of(
                 images.setdefault(name, description.images[known])
                 if known != name:
                     same[known] = name
+        if description.control is not None and offered.get(description.control) is not False:
+            images.setdefault(CONTROL_IMAGE, description.images[description.control])
         for name, argument in description.images.items():
             if offered.get(name) is not False:
                 images.setdefault(name, argument)
@@ -85,6 +87,8 @@ def fields_of(
 def _bounds(argument: Argument, default: Any, offered: Any, limits: WorkLimits) -> Bounds | None:
     if has_scalar(argument.value, str):
         return Bounds(0, 0, limits.images, limits.characters)  # each text of a list costs as much
+    if not has_scalar(argument.value, int) and not has_scalar(argument.value, float):
+        return Bounds(0, 1)  # a flag or a choice
     known = bounds_of(
         argument.name,
         [argument.default, default],  # the larger of the two counts

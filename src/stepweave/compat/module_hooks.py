@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from stepweave.compat.turn_taking import ENGINE_HOOK, modules_in
+from stepweave.compat.turn_taking import ENGINE_HOOK
 from stepweave.errors import EngineMisuseError
 
 
-def check_free(pipeline: Any) -> None:
-    """Raise EngineMisuseError if another engine has hooked a pipeline's modules."""
-    for name, module in modules_in(pipeline):
+def check_free(kind: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise EngineMisuseError if another engine has hooked one of these modules, by name, of a
+    pipeline of this class."""
+    for name, module in modules:
         registry = getattr(module, "_diffusers_hook", None)
         if registry and ENGINE_HOOK in registry.hooks:
-            kind = type(pipeline).__name__
             raise EngineMisuseError(f"{kind}.{name} belongs to another engine; close that first.")
 
 

@@ -20,17 +20,30 @@ ENGINE_HOOK = "stepweave"  # name of a StepEngine's hook, which keeps no state
 _SWAPS = r"set_attn_processor\(|\.processor = "
 _CASTS = r"if self\.vae\.config\.force_upcast"
 _HALVES = (torch.float16, torch.bfloat16)
+_HOLDERS = re.compile(r"Multi(ControlNet(Union)?Model|Adapter)$")
 _SWITCHES = r"enable_fuser\(|register_forward_hook\("
 
 
 def modules_in(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """All modules of a pipeline and of its sub-pipelines, with their attributes' names."""
+    """All modules of a pipeline and of its sub-pipelines, with their attributes' names; of those
+    that only hold others, such as several ControlNets, the others."""
     # not by `components`, which omits some with default values
     for name, component in vars(pipeline).items():
         if isinstance(component, torch.nn.Module):
-            yield name, component
+            yield from _held(name, component)
         elif isinstance(component, DiffusionPipeline):
             yield from modules_in(component)
+
+
+def _held(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """A module, or what it holds: diffusers' classes for several ControlNets or T2I-Adapters have a
+    list of them, and nothing else."""
+    if _HOLDERS.search(type(module).__name__) is None:
+        yield name, module
+        return
+    for models in module.children():
+        for index, model in enumerate(models.children()):
+            yield f"{name}.{index}", model
 
 
 class TurnTaking:

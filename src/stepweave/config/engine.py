@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 Mode = Literal["off", "threads", "request", "step"]
 
@@ -18,6 +19,7 @@ class EngineLimits(TypedDict, total=False):
     cache_bytes: int
     audit_every: int
     knee: bool
+    beside: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class EngineConfig:
         audit_every: 1 in so many merged forwards is compared with single ones.
         knee: whether a policy that uses the knee, as the default, limits batches to it: beyond it,
             more rows raise the throughput by less than 5 %.
+        beside: modules that the engine's pipeline does not have, but other pipelines that jobs
+            call, such as ControlNets; by names that are no attributes of the pipeline.
     """
 
     mode: Mode = "step"
@@ -47,12 +51,14 @@ class EngineConfig:
     cache_bytes: int = 256 * 2**20
     audit_every: int = 1000
     knee: bool = True
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         modes = get_args(Mode)
         if self.mode not in modes:
             raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(modes)}")
-        for name in (field.name for field in fields(self) if field.name not in ("mode", "knee")):
+        others = ("mode", "knee", "beside")
+        for name in (each.name for each in fields(self) if each.name not in others):
             value, least = getattr(self, name), 0 if name == "cache_bytes" else 1
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} is {value!r}; it must be a whole number")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from stepweave.config.components import Components
 from stepweave.errors import LoadError, shown
 from stepweave.reasons import reason_of
 
@@ -23,7 +24,7 @@ SETTING = "STEPWEAVE_PRESET"
 
 # members that are arguments of the call, too
 _MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")
-_MAPS = ("call", "limits")  # members that are merged argument by argument
+_MAPS = ("call", "limits", "components")  # members that are merged argument by argument
 # arguments that the server sets
 _OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 
@@ -48,6 +49,11 @@ class Preset(BaseModel):
         default_factory=dict,
         description="What requests may set an argument of the call to: `[least, most]`, or `false` "
         "for nothing.",
+    )
+    components: Components = Field(
+        default_factory=dict,
+        description="Components beside the model by name, as in `STEPWEAVE_COMPONENTS`; relative "
+        "paths begin at the model's directory.",
     )
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # by member or `call.ARGUMENT`
 
@@ -88,6 +94,7 @@ class Preset(BaseModel):
             **members,
             call={**weaker.call, **self.call},
             limits={**weaker.limits, **self.limits},
+            components={**weaker.components, **self.components},
         )
         return merged._with_sources({**weaker._all_sources(), **self._all_sources()})
 

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from stepweave.config.components import ComponentsValue
 from stepweave.config.engine import Mode
 from stepweave.config.preset import SETTING, Preset
 from stepweave.config.values import Clients, ModelNames, Names, PresetValue, Quantization
@@ -98,6 +99,11 @@ class Settings(BaseSettings):
         None,
         description="Defaults for requests, as in `stepweave.json`: a JSON object, or the path of "
         "a file that holds one.",
+    )
+    components: ComponentsValue = Field(
+        {},
+        description="ControlNets, T2I-Adapters or an autoencoder beside the model: a JSON object "
+        "of directories, or hub ids with commits, by name; or the path of a file with one.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."

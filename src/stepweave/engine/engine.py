@@ -109,7 +109,8 @@ class StepEngine(Estimates):
         """Run the pipeline's call with these arguments as soon as possible.
 
         `pipeline`, if given, is called instead of the engine's. It must be made of the same
-        modules, such as an image-to-image pipeline; its calls share forwards with all others.
+        modules, such as an image-to-image pipeline, and of those `beside`; its calls share forwards
+        with all others.
 
         `scheduler` replaces the pipeline's; the job uses a copy. `deadline` is in seconds from now;
         a late job ends at its next step with DeadlineExceededError. Jobs of a higher `priority` go

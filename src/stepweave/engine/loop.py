@@ -61,13 +61,10 @@ class StepLoop(EngineThread):
         self._queues = CallQueues[Call]()
         self.one_at_a_time = False  # the job that runs must be the only one
         self._modules = EngineModules(
-            pipeline,
-            hook=partial(SuspendHook, self._running.__contains__),
-            call=call_engine,
-            max_decode_rows=config.max_decode_rows,
-            health=health,
+            pipeline, config.beside, hook=partial(SuspendHook, self._running.__contains__),
+            call=call_engine, max_decode_rows=config.max_decode_rows, health=health,
             fingerprints=fingerprints,
-        )
+        )  # fmt: skip
         self.cache = EncoderCache(fingerprints, config.cache_bytes)
         self.certificates = Certificates(fingerprints, config.audit_every, self.cache.clear)
         self.unshared = Unshared()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
@@ -33,7 +35,7 @@ def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
         kind = edit_pipeline_class(type(pipeline).__name__, edit)
         if kind is None:
             return None
-        made = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
+        made = pipeline if kind is type(pipeline) else made_of(pipeline, kind)
     except Exception as error:  # it cannot be imported, or refuses the components
         name = type(pipeline).__name__
         logger.warning("%s has no pipeline for edits (%s): %s", name, edit, error)
@@ -58,12 +60,17 @@ def edit_pipeline_class(name: str, edit: Edit) -> type[Any] | None:
     return None if kind is None or isinstance(kind, DummyObject) else kind
 
 
-def _made_of(pipeline: Any, kind: type[Any]) -> Any:
-    """A pipeline of a class with another's components and options; None if some are missing."""
+def made_of(
+    pipeline: Any, kind: type[Any], others: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """A pipeline of a class with another's components and options, and with `others` by name, which
+    have precedence; None if some are missing. The scheduler is a copy."""
     components, config, types = pipeline.components, pipeline.config, kind._get_signature_types()
     arguments = {}
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
-        if name in components:
+        if name in others:
+            arguments[name] = others[name]
+        elif name in components:
             value = components[name]
             if isinstance(value, ModelMixin) and not isinstance(value, types[name]):
                 return None

@@ -4,22 +4,35 @@ missing, and how much work they mean."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
-from stepweave.calls import WorkLimits, described
+from stepweave.calls import (
+    Argument,
+    ArgumentField,
+    Bounds,
+    RequestFields,
+    WorkLimits,
+    described,
+)
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, shown
+from stepweave.loading.beside import GUIDES, Added
+from stepweave.loading.control_pipelines import modes_of
 from stepweave.planning.workload import multiplies_work
+from stepweave.serving.kinds import MOST_TOGETHER
 
 TRAIN_TIMESTEPS = 1000  # of schedulers that do not say how many they have
 OWN_TIMES = ("sigmas", "timesteps")  # arguments that are as many steps as they are long
 
 
-def work_limits(pipeline: Any, settings: Settings, side: int) -> WorkLimits:
+def work_limits(
+    pipeline: Any, settings: Settings, side: int, guides: Iterable[Any] = ()
+) -> WorkLimits:
     """The limits of a server and its model that bound arguments; `side` is the longest side of an
-    image."""
+    image, `guides` are the ControlNets of all its pipelines."""
     scheduler = getattr(getattr(pipeline, "scheduler", None), "config", {})
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     config = getattr(denoiser, "config", None)
@@ -31,8 +44,33 @@ def work_limits(pipeline: Any, settings: Settings, side: int) -> WorkLimits:
         pixels=settings.max_pixels,
         characters=settings.max_prompt_characters,
         train_timesteps=scheduler.get("num_train_timesteps") or TRAIN_TIMESTEPS,
+        modes=modes_of(guides),
         classes=next((number for number in classes if isinstance(number, int)), None),
     )
+
+
+def with_components(
+    fields: RequestFields, components: Mapping[str, Mapping[str, Added]]
+) -> RequestFields:
+    """The fields of a model, and one for each kind of `components`, by the names of which requests
+    choose them."""
+    arguments = dict(fields.arguments)
+    for field, known in components.items():
+        one: Any = Literal[tuple(known)]
+        told = "; ".join(
+            f"`{name}` is {type(added.model).__name__}"
+            + (f", {added.description}" if added.description else "")
+            for name, added in known.items()
+        )
+        argument = Argument(
+            field,
+            "string",
+            one | list[one],
+            description=f"Which {GUIDES[field]} guides the image, by `control_image`: {told}.",
+        )
+        bounds = Bounds(0, 0, min(len(known), MOST_TOGETHER))
+        arguments[field] = ArgumentField(argument, bounds)
+    return replace(fields, arguments=arguments)
 
 
 def resolve_arguments(

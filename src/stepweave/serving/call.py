@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -91,9 +91,13 @@ def resolve_strength(
     return value
 
 
-def check_call(pipeline: Any, preset: Preset) -> None:
-    """Raise LoadError if the preset sets an argument that the pipeline's call does not have."""
-    kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
+def check_call(pipeline: Any, preset: Preset, others: Collection[Any] = ()) -> None:
+    """Raise LoadError if the preset sets an argument that the call of the pipeline does not have,
+    nor that of `others`, with components beside the model."""
+    kind = type(pipeline).__name__
+    arguments = {
+        name: None for each in (pipeline, *others) for name in arguments_of(each)
+    }  # in order
     for member in ("call", "limits"):
         for name in getattr(preset, member):
             if name not in arguments:
@@ -105,14 +109,16 @@ def check_call(pipeline: Any, preset: Preset) -> None:
                     f"{preset.source(f'{member}.{name}')}: {member}.{name}: {kind} takes no "
                     f"argument {name!r} ({hint})"
                 )
-    call = described(pipeline)
+    calls = [described(each) for each in (*others, pipeline)]
+    images = {name for call in calls for name in call.images}
+    known = {name: argument for call in calls for name, argument in call.arguments.items()}
     for name, limit in preset.limits.items():
         source = f"{preset.source(f'limits.{name}')}: limits.{name}"
-        if name not in call.arguments and name not in call.images:
+        if name not in known and name not in images:
             raise LoadError(f"{source}: {name} is not an argument that it can limit")
         if limit is False:
             continue
-        if name in call.images or has_scalar(call.arguments[name].value, str):
+        if name in images or has_scalar(known[name].value, str):
             raise LoadError(f"{source} is {list(limit)}; {name} is no number: it may be false")
         if limit[0] > limit[1]:
             raise LoadError(f"{source} is {list(limit)}; the first is the least")

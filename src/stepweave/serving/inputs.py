@@ -10,9 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from stepweave.calls import CallDescription, described
+from stepweave.calls import CONTROL_IMAGE, CallDescription, described
 from stepweave.errors import InvalidRequestError
+from stepweave.loading.control_pipelines import guides_of
 from stepweave.parameters import Sources
+from stepweave.serving.kinds import Chosen, Kind
 
 Size = tuple[int, int]
 
@@ -25,8 +27,8 @@ class ImageInputs:
     `enlargements`, how many times as long as those of its image the sides of a result are.
     """
 
-    copies: dict[str, bool]
-    enlargements: dict[str, int] = field(default_factory=dict)
+    copies: dict[Kind, bool]
+    enlargements: dict[Kind, int] = field(default_factory=dict)
     _several: dict[str, frozenset[str]] = field(default_factory=dict)  # by class
 
     def note_several(self, pipeline: Any, name: str) -> None:
@@ -36,7 +38,10 @@ class ImageInputs:
 
     def takes_several(self, pipeline: Any, given: str) -> bool:
         """Whether a pipeline takes several images that a request calls so."""
-        name = described(pipeline).name_of(given)
+        call = described(pipeline)
+        name = call.name_of(given)
+        if name is not None and name == call.control and len(guides_of(pipeline)) > 1:
+            return True
         return name in self._several.get(type(pipeline).__name__, ())
 
     def several_of(self, pipelines: Iterable[Any]) -> frozenset[str]:
@@ -44,26 +49,44 @@ class ImageInputs:
         return frozenset(
             name
             for pipeline in pipelines
-            for name in ("image", *described(pipeline).images)
+            for name in ("image", CONTROL_IMAGE, *described(pipeline).images)
             if self.takes_several(pipeline, name)
         )
 
-    def check_counts(self, counts: Mapping[str, int], pipelines: Collection[Any]) -> None:
-        """Raise InvalidRequestError for more images of one name than any of the pipelines takes."""
+    def check_counts(
+        self, counts: Mapping[str, int], pipelines: Collection[Any], guides: int = 1
+    ) -> None:
+        """Raise InvalidRequestError for more images of one name than any of the pipelines takes; of
+        those for ControlNets, there may be `guides`."""
         for given, count in counts.items():
+            if given == CONTROL_IMAGE and count <= guides:
+                continue
             if count > 1 and not any(self.takes_several(one, given) for one in pipelines):
                 kind = type(next(iter(pipelines))).__name__
                 raise InvalidRequestError(
                     f"{given} is given {count} times; {kind} takes one.", param=given
                 )
 
-    def size_of_image(self, kind: str, size: Size) -> Size:
+    def size_of_image(self, kind: Kind, size: Size) -> Size:
         """The size of the image that a result of this size begins with."""
         enlargement = self.enlargements.get(kind, 1)
         return size[0] // enlargement, size[1] // enlargement
 
 
-def check_images(call: CallDescription, sources: Sources) -> None:
+def check_guides(pipeline: Any, counts: Mapping[str, int]) -> None:
+    """Raise InvalidRequestError unless there is an image for each of several ControlNets."""
+    call, guides = described(pipeline), len(guides_of(pipeline))
+    for given, count in counts.items():
+        if guides > 1 and call.name_of(given) == call.control and count != guides:
+            times = "once" if count == 1 else f"{count} times"
+            raise InvalidRequestError(
+                f"{given} is given {times}; {guides} are needed, in the order of the "
+                f"{type(guides_of(pipeline)[0]).__name__}s that they guide.",
+                param=given,
+            )
+
+
+def check_images(call: CallDescription, sources: Sources, components: Chosen = ()) -> None:
     """Raise InvalidRequestError for images that a pipeline does not take, or that are missing."""
     named: dict[str, str] = {}
     for given in sources.images:
@@ -80,19 +103,33 @@ def check_images(call: CallDescription, sources: Sources) -> None:
             )
         named[name] = given
     if any(name not in named for name in call.needs_images):
-        raise missing(call, named)
+        raise missing(call, named, components)
 
 
-def missing(call: CallDescription, given: Collection[str]) -> InvalidRequestError:
+def missing(
+    call: CallDescription, given: Collection[str], components: Chosen = ()
+) -> InvalidRequestError:
     """The error of a request without images that the pipeline needs; `given` are those that it has,
     by the pipeline's names."""
-    absent = [name for name in call.needs_images if name not in given]
+    names = {call.control: CONTROL_IMAGE} if components else {}
+    absent = [names.get(name, name) for name in call.needs_images if name not in given]
+    needs = [names.get(name, name) for name in call.needs_images]
     verb = "is" if len(absent) == 1 else "are"
     return InvalidRequestError(
         f"{' and '.join(absent)} {verb} missing: {call.pipeline} makes images from "
-        f"{', '.join(call.needs_images)}. Send them to /v1/images/edits as files, or as data URLs.",
+        f"{', '.join(needs)}. Send them to /v1/images/edits as files, or as data URLs.",
         code="missing_field",
         param="image" if absent[0] == call.image else absent[0],
+    )
+
+
+def unused(components: Mapping[str, Collection[str]]) -> InvalidRequestError:
+    """The error of a request with an image for a component, and none that it names."""
+    choices = " or ".join(f"{field} to {', '.join(names)}" for field, names in components.items())
+    return InvalidRequestError(
+        f"{CONTROL_IMAGE} is set, but not what it guides; set {choices}.",
+        code="missing_field",
+        param=next(iter(components)),
     )
 
 

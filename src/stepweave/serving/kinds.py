@@ -2,4 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from stepweave.calls import CONTROL_IMAGE
+from stepweave.parameters import Sources
+
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text_to_image", "image_to_image", "inpainting"
+
+MOST_TOGETHER = 4  # components of one request
+
+# by the request's field, such as `controlnet`: the names of its components
+Chosen = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+class Kind(NamedTuple):
+    """A kind of request: its task, and the components beside the model that it names."""
+
+    task: str
+    components: Chosen = ()
+
+    def __str__(self) -> str:
+        named = (name for _, names in self.components for name in names)
+        return " with ".join((self.task, " and ".join(named))) if self.components else self.task
+
+
+def kind_of(sources: Sources | None, components: Chosen = ()) -> Kind:
+    """The kind of a request with these images and components."""
+    if sources is None:
+        return Kind(TEXT_TO_IMAGE, components)
+    if sources.mask is not None:
+        return Kind(INPAINTING, components)
+    begins = not components or bool(sources.images.keys() - {CONTROL_IMAGE})
+    return Kind(IMAGE_TO_IMAGE if begins else TEXT_TO_IMAGE, components)
+
+
+def chosen(arguments: Mapping[str, object], fields: Collection[str]) -> Chosen:
+    """The components that a request names, of these fields."""
+    found = []
+    for field in sorted(fields):
+        value = arguments.get(field)
+        if value is not None:
+            names = (value,) if isinstance(value, str) else value
+            assert isinstance(names, (list, tuple))
+            found.append((field, tuple(names)))
+    return tuple(found)

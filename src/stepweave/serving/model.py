@@ -6,14 +6,16 @@ import logging
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
-from stepweave.calls import RequestFields, described, fields_of
+from stepweave.calls import CONTROL_IMAGE, RequestFields, described, fields_of
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequestError, shown
-from stepweave.loading.edit_pipelines import edit_pipeline
+from stepweave.loading.beside import Added
+from stepweave.loading.control_pipelines import guides_of
 from stepweave.loading.kinds import check_served
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
@@ -35,7 +37,13 @@ from stepweave.parameters import (
     Sources,
 )
 from stepweave.planning.workload import arguments_of, takes
-from stepweave.serving.arguments import OWN_TIMES, resolve_arguments, resolve_steps, work_limits
+from stepweave.serving.arguments import (
+    OWN_TIMES,
+    resolve_arguments,
+    resolve_steps,
+    with_components,
+    work_limits,
+)
 from stepweave.serving.call import (
     call_arguments,
     check_call,
@@ -52,15 +60,26 @@ from stepweave.serving.call import (
 from stepweave.serving.inputs import (
     ImageInputs,
     at_most,
+    check_guides,
     check_images,
     leading_image,
     leading_name,
     missing,
     takes_alpha,
+    unused,
 )
-from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
+from stepweave.serving.kinds import (
+    IMAGE_TO_IMAGE,
+    INPAINTING,
+    TEXT_TO_IMAGE,
+    Chosen,
+    Kind,
+    chosen,
+    kind_of,
+)
 from stepweave.serving.names import names_of
 from stepweave.serving.no_effect import warnings_of
+from stepweave.serving.pipelines import Pipelines
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +91,18 @@ GUIDANCE = (0.0, 100.0)
 class ServedModel:
     """One pipeline with its preset, and pipelines of the same modules for other requests.
 
-    `image_to_image` and `inpaint` are pipelines for requests with an image, or with a mask, too, or
-    None: the model's own if it takes them, else others of its family. `schedulers` are those that
-    requests may name. `settings.preset` has precedence over `preset`. Raises LoadError if the
-    pipeline does not make images, or does not support a value of a preset.
+    `added` are components beside the model, by name. `schedulers` are those that requests may name.
+    `settings.preset` has precedence over `preset`. Raises LoadError if the pipeline does not make
+    images, or does not support a value of a preset or a component.
     """
 
-    def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        preset: Preset,
+        settings: Settings,
+        added: Mapping[str, Added] = MappingProxyType({}),
+    ) -> None:
         self.pipeline = pipeline
         self.settings = settings
         self.preset = preset = settings.preset_over(preset)
@@ -88,16 +112,9 @@ class ServedModel:
         self.id = self.names.told
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__
-        check_call(pipeline, preset)
         call = described(pipeline)
-        takes_masks = call.mask is not None
-        own_images = call.image in ("image", "images") or call.image in call.needs
-        self.image_to_image = (
-            pipeline
-            if own_images and call.mask not in call.needs
-            else edit_pipeline(pipeline, "image_to_image")
-        )
-        self.inpaint = pipeline if takes_masks else edit_pipeline(pipeline, "inpaint")
+        self.pipelines = Pipelines(pipeline, added)
+        check_call(pipeline, preset, self.pipelines.by_kind().values() if added else ())
         self._multiple = size_multiple(pipeline)
         width, height = native_size(pipeline)
         if not {"width", "height"} & call.takes:
@@ -126,12 +143,12 @@ class ServedModel:
         like = Course(self.default_steps, strength, self._tokens(self.width, self.height))
         rehearsals = Rehearsals.of(pipeline, like, settings.max_steps)
         self.schedulers = rehearsals.schedulers
-        self._rehearsals = {id(pipeline): rehearsals}
-        for edits in (self.image_to_image, self.inpaint):
-            if edits is not None and edits is not pipeline:
-                self._rehearsals[id(edits)] = rehearsals.of_edits(
-                    edits, replace(like, strength=default_strength(edits))
-                )
+        self._rehearsals = {
+            task: rehearsals
+            if edits is pipeline
+            else rehearsals.of_edits(edits, replace(like, strength=default_strength(edits)))
+            for task, edits in self.pipelines.tasks().items()
+        }
         self._limits = {
             kind: Limits(
                 sizes,
@@ -139,42 +156,40 @@ class ServedModel:
                 settings.max_images if described(kind_pipeline).count is not None else 1,
                 settings.max_prompt_characters,
             )
-            for kind, kind_pipeline in self.pipelines().items()
+            for kind, kind_pipeline in self.pipelines.by_kind().items()
         }
         self.inputs = ImageInputs(
-            {kind: described(one).draws_for_images for kind, one in self.pipelines().items()}
+            {
+                kind: described(one).draws_for_images
+                for kind, one in self.pipelines.by_kind().items()
+            }
         )
         self.fields = self._fields()
 
-    def pipelines(self) -> dict[str, Any]:
-        """The pipeline of each kind of request that the model supports, the first its main one."""
-        needs = described(self.pipeline).needs_images
-        kinds = {
-            TEXT_TO_IMAGE: None if needs else self.pipeline,
-            IMAGE_TO_IMAGE: self.image_to_image,
-            INPAINTING: self.inpaint,
-        }
-        found = {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
-        return dict(sorted(found.items(), key=lambda item: item[1] is not self.pipeline))
-
     def _fields(self) -> RequestFields:
-        pipelines = self.pipelines().values()
-        return fields_of(
+        pipelines = self.pipelines.by_kind().values()
+        fields = fields_of(
             dict.fromkeys(map(described, pipelines)),
             self.preset.call,
             self.preset.limits,
-            work_limits(self.pipeline, self.settings, self._limits[self.kind].sizes.longest),
+            work_limits(
+                self.pipeline,
+                self.settings,
+                self.limits.sizes.longest,
+                [guide for pipeline in pipelines for guide in guides_of(pipeline)],
+            ),
             self.inputs.several_of(pipelines),
         )
+        return with_components(fields, self.pipelines.components())
 
     @property
     def pipeline_class(self) -> str:
         return type(self.pipeline).__name__
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """The kind of request that the model is made for."""
-        return next(iter(self.pipelines()))
+        return next(iter(self.pipelines.by_kind()))
 
     @property
     def needs_images(self) -> tuple[str, ...]:
@@ -191,19 +206,19 @@ class ServedModel:
     @property
     def limits_of_edits(self) -> dict[str, Limits]:
         """The limits of each of `edits`."""
-        return {name: self._limits[name] for name in self.edits}
+        return {task: self._limits[Kind(task)] for task in self.edits}
 
-    def limits_of(self, kind: str) -> Limits:
+    def limits_of(self, kind: Kind) -> Limits:
         """The limits of requests of a kind."""
-        return self._limits[kind]
+        return self._limits[self.pipelines.single(kind)]
 
-    def keep_to(self, kind: str, limits: Limits) -> None:
+    def keep_to(self, kind: Kind, limits: Limits) -> None:
         """Set the limits of requests of a kind."""
         self._limits[kind] = limits
 
-    def drop(self, kind: str) -> None:
-        """Stop offering edits of a kind."""
-        setattr(self, {IMAGE_TO_IMAGE: "image_to_image", INPAINTING: "inpaint"}[kind], None)
+    def drop(self, kind: Kind) -> None:
+        """Stop offering requests of a kind, which is not the main one."""
+        self.pipelines.drop(kind)
         self.fields = self._fields()
 
     def drop_scheduler(self, name: str) -> None:
@@ -214,13 +229,13 @@ class ServedModel:
 
     def refuse_steps(self, name: str | None, steps: int) -> None:
         """Refuse a number of steps of text-to-image with a scheduler (None: the pipeline's)."""
-        self._rehearsals[id(self.pipeline)].refuse(name, steps)
+        self._rehearsals[self.kind.task].refuse(name, steps)
 
     @property
     def edits(self) -> tuple[str, ...]:
         """The supported edits: `image_to_image`, `inpainting`."""
-        kinds = self.pipelines()
-        return tuple(kind for kind in (IMAGE_TO_IMAGE, INPAINTING) if kind in kinds)
+        tasks = self.pipelines.tasks()
+        return tuple(task for task in (IMAGE_TO_IMAGE, INPAINTING) if task in tasks)
 
     def resolve(
         self,
@@ -237,16 +252,20 @@ class ServedModel:
         With `sources` it is an edit, whose default size is the allowed one nearest to its source's.
         Without `rehearse`, the caller must call `check_steps`.
         """
-        pipeline = self.pipeline_for(sources)
-        call, limits = described(pipeline), self._limits[_kind(sources)]
+        asked = request.arguments()
+        components = chosen(asked, self.pipelines.components())
+        kind, pipeline = kind_of(sources, components), self.pipeline_for(sources, components)
+        call, limits = described(pipeline), self.limits_of(kind)
         if "prompt" in call.takes:
             check_prompt(request.prompt)
         if sources is not None:
             counts = {name: len(images) for name, images in sources.images.items()}
             self.inputs.check_counts(counts, [pipeline])
+            check_guides(pipeline, counts)
         if n > limits.images:
             raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
-        given = resolve_arguments(request.arguments(), pipeline, self.preset, n, limits.images)
+        own = {name: value for name, value in asked.items() if name not in dict(components)}
+        given = resolve_arguments(own, pipeline, self.preset, n, limits.images)
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **given}
         check_texts(texts, limits.prompt_characters)
         seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
@@ -256,7 +275,7 @@ class ServedModel:
                 param="seed",
             )
         leading = None if sources is None else leading_image(call, sources).size
-        width, height = self._size(request.size, _kind(sources), leading)
+        width, height = self._size(request.size, kind, leading)
         steps = resolve_steps(
             request.num_inference_steps,
             self.default_steps,
@@ -280,10 +299,11 @@ class ServedModel:
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=self._resolve_guidance(request.guidance_scale, limits),
-            scheduler=self._resolve_scheduler(request.scheduler, pipeline),
+            scheduler=self._resolve_scheduler(request.scheduler, kind),
             strength=resolve_strength(strength, steps, pipeline, sources),
             sources=sources,
             arguments=given,
+            components=components,
             **passed,
         )
         if rehearse:
@@ -297,8 +317,8 @@ class ServedModel:
         reference: `source` itself, unless it is larger than results may be. `size` is that of the
         result; without it, it is the allowed size nearest to `source`. Raises InvalidRequestError
         if the size or the kind of edit is not supported."""
-        kind = INPAINTING if masked else IMAGE_TO_IMAGE
-        pipeline = self._pipeline_of_edits(masked=masked)
+        kind = Kind(INPAINTING if masked else IMAGE_TO_IMAGE)
+        pipeline = self._pipeline_of_edits(kind)
         if described(pipeline).scaled is None or scales_images(pipeline):
             return self.size_of_reference(source)
         return self.size_of_image(kind, self._size(size, kind, source))
@@ -308,51 +328,64 @@ class ServedModel:
         than `STEPWEAVE_MAX_PIXELS` pixels, as many."""
         return at_most(source, self.settings.max_pixels)
 
-    def _size(self, size: str | None, kind: str, source: tuple[int, int] | None) -> tuple[int, int]:
+    def _size(
+        self, size: str | None, kind: Kind, source: tuple[int, int] | None
+    ) -> tuple[int, int]:
         """Width and height of a result: `size`; else, of references, the model's own number of
         pixels in the proportions of the first; else the allowed size nearest to that of the image
         that it begins with."""
-        limits = self._limits[kind]
+        limits = self.limits_of(kind)
         if size is not None and size != "auto":
             return limits.sizes.read(size)
         native = self.width, self.height
         if source is None:
             return native
-        if described(self.pipelines()[kind]).scaled is None:
+        if described(self.pipelines.of(kind)).scaled is None:
             return limits.sizes.like(source, native[0] * native[1])
         enlargement = self.inputs.enlargements.get(kind, 1)
         enlarged = source[0] * enlargement, source[1] * enlargement
         return limits.sizes.of_edit(enlarged, native[0] * native[1])
 
-    def _pipeline_of_edits(self, *, masked: bool) -> Any:
-        param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)
+    def _pipeline_of_edits(self, kind: Kind) -> Any:
+        pipeline = self.pipelines.of(kind)
         if pipeline is not None:
             return pipeline
-        if not masked and self.inpaint is self.pipeline:
+        masked = kind.task == INPAINTING
+        if not masked and self.pipelines.of(Kind(INPAINTING)) is self.pipeline:
             raise InvalidRequestError(
                 f"mask is missing: {self.pipeline_class} repaints the part of an image that a mask "
                 "shows. Send one, or an image that is transparent there.",
                 param="mask",
                 code="missing_field",
             )
-        kind = "inpainting" if masked else "image-to-image"
+        task = "inpainting" if masked else "image-to-image"
         why = "mask is set, or image has transparency" if masked else "image is set"
         raise InvalidRequestError(
-            f"{why}, but {self.pipeline_class} does not support {kind}.",
-            param=param,
+            f"{why}, but {self.pipeline_class} does not support {task}.",
+            param="mask" if masked else "image",
             code="unsupported",
         )
 
-    def pipeline_for(self, sources: Sources | None) -> Any:
-        """The pipeline for a request with such sources. Raises InvalidRequestError if the model
-        does not support it, an image is missing, or mask and image differ in size."""
-        if sources is None:
-            if TEXT_TO_IMAGE in self.pipelines():
-                return self.pipeline
-            raise missing(described(self.pipeline), ())
-        pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
+    def pipeline_for(self, sources: Sources | None, components: Chosen = ()) -> Any:
+        """The pipeline for a request with such sources and components. Raises InvalidRequestError
+        if the model does not support it, an image is missing, or mask and image differ in size."""
+        kind = kind_of(sources, components)
+        if kind.task == TEXT_TO_IMAGE:
+            pipeline = self.pipelines.of(kind)
+            if pipeline is None:
+                raise missing(described(self.pipeline), ())
+        else:
+            pipeline = self._pipeline_of_edits(kind)
         call = described(pipeline)
-        check_images(call, sources)
+        known = self.pipelines.components()
+        if known and not components and sources is not None and CONTROL_IMAGE in sources.images:
+            if call.name_of(CONTROL_IMAGE) is None:
+                raise unused(known)
+        if sources is None:
+            if components:
+                raise missing(call, (), components)
+            return pipeline
+        check_images(call, sources, components)
         if sources.mask is not None and call.scaled is not None:
             size, other = sources.mask.size, leading_image(call, sources).size
             if size != other:
@@ -371,18 +404,19 @@ class ServedModel:
 
     def check_counts(self, counts: Mapping[str, int]) -> None:
         """Raise InvalidRequestError for more images of one name than any pipeline takes."""
-        self.inputs.check_counts(counts, list(self.pipelines().values()))
+        kinds = self.pipelines.by_kind()
+        self.inputs.check_counts(counts, list(kinds.values()), self.pipelines.most_together)
 
     def leading(self, given: Collection[str]) -> str:
         """Which of the images of a request decides about the size of its result."""
-        return leading_name(given, self.pipelines().values())
+        return leading_name(given, self.pipelines.by_kind().values())
 
     @property
     def takes_alpha(self) -> bool:
         """Whether the pipeline's autoencoder takes images with transparency."""
         return takes_alpha(self.pipeline)
 
-    def size_of_image(self, kind: str, size: tuple[int, int]) -> tuple[int, int]:
+    def size_of_image(self, kind: Kind, size: tuple[int, int]) -> tuple[int, int]:
         """The size of the image that a result of this size begins with."""
         return self.inputs.size_of_image(kind, size)
 
@@ -392,7 +426,7 @@ class ServedModel:
         for kind, limits in self._limits.items():
             self._limits[kind] = replace(limits, sizes=replace(limits.sizes, only=size))
 
-    def enlarges(self, kind: str, times: int) -> None:
+    def enlarges(self, kind: Kind, times: int) -> None:
         """Note that results of a kind of request have sides `times` as long as their image's."""
         self.inputs.enlargements[kind] = times
         limits = self._limits[kind]
@@ -401,15 +435,16 @@ class ServedModel:
         if kind == self.kind:
             self.width, self.height = self.width * times, self.height * times
 
-    def _resolve_scheduler(self, name: str | None, pipeline: Any) -> str | None:
+    def _resolve_scheduler(self, name: str | None, kind: Kind) -> str | None:
         """The scheduler's name; None if it is the pipeline's own. Raises InvalidRequestError."""
         if name is None:
             return None
-        allowed = self._rehearsals[id(pipeline)].schedulers
+        allowed = self._rehearsals[kind.task].schedulers
         if name not in allowed:
             choice = ", ".join(allowed) or "only its own"
             raise InvalidRequestError(
-                f"scheduler is {shown(name)}; {type(pipeline).__name__} supports {choice}.",
+                f"scheduler is {shown(name)}; {type(self.pipelines.of(kind)).__name__} supports "
+                f"{choice}.",
                 param="scheduler",
             )
         return None if name == self.scheduler else name
@@ -438,7 +473,7 @@ class ServedModel:
         return Course(parameters.num_inference_steps, parameters.strength, tokens)
 
     def _rehearsals_for(self, parameters: Parameters) -> Rehearsals:
-        return self._rehearsals[id(self.pipeline_for(parameters.sources))]
+        return self._rehearsals[kind_of(parameters.sources, parameters.components).task]
 
     def knows_steps(self, parameters: Parameters) -> bool:
         """Whether `check_steps` is immediate; otherwise it takes some 0.1 ms a step."""
@@ -450,7 +485,7 @@ class ServedModel:
     def runs(self, parameters: Parameters) -> bool:
         """Whether the scheduler runs with this number of steps, in a rehearsal."""
         if self._own_times(parameters) or not takes(
-            self.pipeline_for(parameters.sources), "num_inference_steps"
+            self._pipeline_of(parameters), "num_inference_steps"
         ):
             return True
         return self._rehearsals_for(parameters).runs(parameters.scheduler, self._course(parameters))
@@ -458,7 +493,8 @@ class ServedModel:
     @property
     def scheduler_steps(self) -> dict[str, dict[str, list[int]]]:
         """Tried numbers of steps, `works` and `fails`, of schedulers that fail with some."""
-        tried = {name: self._rehearsals[id(self.pipeline)].tried(name) for name in self.schedulers}
+        rehearsals = self._rehearsals[self.kind.task]
+        tried = {name: rehearsals.tried(name) for name in self.schedulers}
         return {
             name: {"works": works, "fails": fails}
             for name, (works, fails) in tried.items()
@@ -482,7 +518,7 @@ class ServedModel:
 
     def warnings_of(self, request: ImageRequest, parameters: Parameters) -> list[str]:
         """Warnings about values of a request that have no effect."""
-        pipeline = self.pipeline_for(parameters.sources)
+        pipeline = self._pipeline_of(parameters)
         return list(warnings_of(pipeline, self.preset.call, parameters, request.prompt))
 
     def latent_positions(self, width: int, height: int) -> int:
@@ -491,7 +527,7 @@ class ServedModel:
 
     def drop_edits(self, engine: StepEngine) -> None:
         """Stop offering edits that the engine cannot run; call it before serving."""
-        for kind, pipeline in self.pipelines().items():
+        for kind, pipeline in self.pipelines.by_kind().items():
             if not engine.takes(pipeline):
                 logger.warning(
                     "%s is not offered: STEPWEAVE_BATCHING=%s does not support it",
@@ -510,11 +546,11 @@ class ServedModel:
     def call(self, parameters: Parameters) -> dict[str, Any]:
         """The keyword arguments of `StepEngine.submit` for n RGB images of height x width, with
         `scheduler` and `pipeline` if they are not the model's. Resizing edits may take long."""
-        pipeline = self.pipeline_for(parameters.sources)
-        chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
+        pipeline = self._pipeline_of(parameters)
+        kind = self.pipelines.single(kind_of(parameters.sources, parameters.components))
+        options = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
         if parameters.scheduler is not None:
-            chosen["scheduler"] = self.schedulers[parameters.scheduler]
-        kind = _kind(parameters.sources)
+            options["scheduler"] = self.schedulers[parameters.scheduler]
         arguments = call_arguments(
             pipeline,
             self.preset.call,
@@ -522,7 +558,10 @@ class ServedModel:
             enlargement=self.inputs.enlargements.get(kind, 1),
             copies=self.inputs.copies[kind],
         )
-        return {**chosen, **arguments}
+        return {**options, **arguments}
+
+    def _pipeline_of(self, parameters: Parameters) -> Any:
+        return self.pipeline_for(parameters.sources, parameters.components)
 
 
 def _default_steps(pipeline: Any) -> int:
@@ -530,9 +569,3 @@ def _default_steps(pipeline: Any) -> int:
     own = default_of(pipeline, "num_inference_steps")
     config = getattr(pipeline, "config", {})
     return int(own or config.get("default_denoising_steps") or 50)
-
-
-def _kind(sources: Sources | None) -> str:
-    return (
-        TEXT_TO_IMAGE if sources is None else IMAGE_TO_IMAGE if sources.mask is None else INPAINTING
-    )

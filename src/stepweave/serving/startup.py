@@ -51,6 +51,7 @@ def load(
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
+    from stepweave.loading.beside import load_beside
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
     from stepweave.loading.optimizations import apply_optimizations, check_optimizations
     from stepweave.previews.decoder import Previewer
@@ -76,7 +77,8 @@ def load(
     else:
         pipeline, preset = load_pipeline(settings, device, dtype)
     apply_optimizations(pipeline, settings, device)
-    model = ServedModel(pipeline, preset, settings)
+    added = load_beside(settings, settings.preset_over(preset), pipeline, device, dtype)
+    model = ServedModel(pipeline, preset, settings, added)
     # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
         None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
@@ -91,6 +93,7 @@ def load(
         cache_bytes=settings.encoder_cache_bytes,
         policy=policy,
         on_step=on_step,
+        beside=model.pipelines.modules(),
     )
     try:
         model.drop_edits(engine)

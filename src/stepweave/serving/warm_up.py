@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from stepweave.calls import Argument, described
+from stepweave.calls import CONTROL_IMAGE, Argument, described
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.errors import (
     DeviceFailedError,
@@ -24,12 +24,13 @@ from stepweave.errors import (
     RequestError,
 )
 from stepweave.images.outputs import images_each, images_of, outputs_of
+from stepweave.loading.control_pipelines import guides_of, modes_of
 from stepweave.loading.first_images import agree, check_images
-from stepweave.loading.trials import Fault, Size, narrowed
+from stepweave.loading.trials import Fault, Limits, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import takes
 from stepweave.reasons import reason_of, refusal_of
-from stepweave.serving.kinds import INPAINTING, TEXT_TO_IMAGE
+from stepweave.serving.kinds import INPAINTING, TEXT_TO_IMAGE, Kind
 from stepweave.serving.model import ServedModel
 from stepweave.telemetry.stages import enter_stage
 
@@ -143,8 +144,11 @@ class WarmUp:
 
     def _edits(self, count: int) -> None:
         """Run requests of each further kind, and stop offering those that fail. Find out of which
-        images a pipeline takes several."""
-        for kind, pipeline in self._model.pipelines().items():
+        images a pipeline takes several. Raises LoadError for a component of which no kind runs."""
+        reasons: dict[Kind, str] = {}
+        for kind, pipeline in self._model.pipelines.by_kind().items():
+            if kind not in self._model.pipelines.by_kind():
+                continue  # its task has failed
             if kind != self._model.kind:
                 try:
                     self.run_together(self._native, count, kind)
@@ -155,11 +159,18 @@ class WarmUp:
                         "warm-up: %s fails (%s); it is not offered", type(pipeline).__name__, error
                     )
                     self._model.drop(kind)
+                    reasons[kind] = f"{type(pipeline).__name__} fails: {reason_of(error)}"
                     continue
             self._try_several(kind, pipeline)
             self._try_copies(kind, pipeline)
+        for kind, reason in reasons.items():
+            if not kind.components:
+                continue
+            [(field, [name])] = kind.components
+            if not self._model.pipelines.tasks_of(field, name):
+                raise LoadError(f"the component {name!r} does not work with this model: {reason}")
 
-    def _try_several(self, kind: str, pipeline: Any) -> None:
+    def _try_several(self, kind: Kind, pipeline: Any) -> None:
         """Run a job with two images in place of one, where the call's annotation allows a list that
         is not a batch. The pipeline takes several if it makes one image of both."""
         call = described(pipeline)
@@ -180,13 +191,13 @@ class WarmUp:
             if one and both and len(both) == 1 and one[0].tobytes() != both[0].tobytes():
                 self._model.note_several(pipeline, name)
 
-    def _try_copies(self, kind: str, pipeline: Any) -> None:
+    def _try_copies(self, kind: Kind, pipeline: Any) -> None:
         """Find out whether a pipeline makes several images of one that is passed once, or once for
         each: image 1 of a job must be that of the next seed. If neither works, it makes one at a
         time."""
         model, parameters = self._model, self._parameters(self._native, kind)
         limits = model.limits_of(kind)
-        if kind == TEXT_TO_IMAGE or limits.images == 1:
+        if kind == (TEXT_TO_IMAGE, ()) or limits.images == 1:
             return
         second = self._made(replace(parameters, seed=parameters.seed + 1))
         usual = model.inputs.copies[kind]
@@ -222,7 +233,10 @@ class WarmUp:
         for log in logs:
             log.set_verbosity_error()  # no warnings about truncated prompts
         try:
-            for kind, pipeline in model.pipelines().items():
+            for kind, pipeline in model.pipelines.by_kind().items():
+                if kind.components:  # of the same modules as its task
+                    model.keep_to(kind, self._limits_of_task(kind))
+                    continue
                 attempt = functools.partial(self._attempt, kind=kind)
                 like = None if kind == model.kind else model.limits
                 limits, guidance = model.limits_of(kind), model.default_guidance
@@ -260,13 +274,20 @@ class WarmUp:
                     model.drop_scheduler(name)
                     break
 
-    def _sources(self, kind: str, size: Size, index: int = 0) -> Sources | None:
+    def _limits_of_task(self, kind: Kind) -> Limits:
+        """The limits of a kind with a component: those of its task, and its own of images."""
+        limits = self._model.limits_of(Kind(kind.task))
+        return replace(limits, images=min(limits.images, self._model.limits_of(kind).images))
+
+    def _sources(self, kind: Kind, size: Size, index: int = 0) -> Sources | None:
         """Made-up images for a request of a kind whose result has this size."""
-        if kind == TEXT_TO_IMAGE:
+        if kind == (TEXT_TO_IMAGE, ()):
             return None
         model = self._model
-        call = described(model.pipelines()[kind])
-        names = {*call.needs_images, call.image, *((call.mask,) if kind == INPAINTING else ())}
+        pipeline = model.pipelines.of(kind)
+        call = described(pipeline)
+        masks = (call.mask,) if kind.task == INPAINTING else ()
+        names = {*call.needs_images, call.image, *masks}
         images = {}
         for name in sorted(name for name in names if name is not None):
             mask = call.images[name].type == "mask"
@@ -281,14 +302,17 @@ class WarmUp:
             if model.takes_alpha and not mask:
                 made = made.convert("RGBA")
             given = {call.image: "image", call.mask: "mask"}.get(name, name)
-            images[given] = (made,)
+            if kind.components and name == call.control:
+                given = CONTROL_IMAGE
+            count = max(1, len(guides_of(pipeline))) if name == call.control else 1
+            images[given] = (made,) * count
         return Sources(images)
 
     def _attempt(
         self,
         size: Size,
         *,
-        kind: str,
+        kind: Kind,
         images: int = 1,
         guidance: float | None = None,
         characters: int | None = None,
@@ -305,17 +329,19 @@ class WarmUp:
             parameters = replace(parameters, guidance_scale=guidance)
         return self._run(replace(parameters, n=images))
 
-    def _parameters(self, size: Size, kind: str, index: int = 0) -> Parameters:
+    def _parameters(self, size: Size, kind: Kind, index: int = 0) -> Parameters:
         model = self._model
         guidance = model.default_guidance
         if guidance is not None and index % 4 == 3:
             guidance = guidance * 1.5
-        pipeline = model.pipelines()[kind]
+        pipeline = model.pipelines.of(kind)
         call = described(pipeline)
-        strong = kind != TEXT_TO_IMAGE and takes(pipeline, "strength")
+        strong = kind.task != TEXT_TO_IMAGE and takes(pipeline, "strength")
         # of pipelines with a number of steps for each of their stages
         stages = dict.fromkeys(call.arguments.keys() & set(call.steps), STEPS)
         needed = {name: made_up(call.arguments[name]) for name in model.fields.needs}
+        if "control_mode" in call.arguments and modes_of(guides := guides_of(pipeline)) is not None:
+            needed["control_mode"] = 0 if len(guides) == 1 else [0] * len(guides)
         return Parameters(
             prompt=self._prompt % index if "prompt" in call.takes else "",
             negative_prompt=None,
@@ -328,6 +354,7 @@ class WarmUp:
             strength=STRENGTH if strong else None,
             sources=self._sources(kind, size, index),
             arguments=needed | stages,
+            components=kind.components,
         )
 
     def _run(self, parameters: Parameters) -> Fault | None:
@@ -373,7 +400,7 @@ class WarmUp:
             if size is not None and time.monotonic() - began <= PROFILE_SECONDS:
                 self.run_together(size, count)
 
-    def run_together(self, size: Size, count: int, kind: str | None = None) -> list[Any]:
+    def run_together(self, size: Size, count: int, kind: Kind | None = None) -> list[Any]:
         """Run jobs of a kind, the model's main one if None, that start in the same step; returns
         each one's first image, None if flagged."""
         kind = kind or self._model.kind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -60,6 +60,7 @@ class EngineModules:
     """Hooks the modules that suspend jobs, until `close`; `scope` makes the jobs' views.
 
     Args:
+        beside: modules that other pipelines have, by name.
         hook: makes a module's hook of a `TargetOf` and of whether results are cached.
         call: calls an autoencoder's target through the engine.
 
@@ -69,6 +70,7 @@ class EngineModules:
     def __init__(
         self,
         pipeline: Any,
+        beside: Mapping[str, nn.Module],
         *,
         hook: Callable[[TargetOf, bool], ModelHook],
         call: Callable[[Target, tuple[Any, ...], dict[str, Any]], Any],
@@ -76,16 +78,17 @@ class EngineModules:
         health: DeviceHealth,
         fingerprints: Fingerprints,
     ) -> None:
-        check_free(pipeline)
+        modules = [*modules_in(pipeline), *beside.items()]
+        check_free(type(pipeline).__name__, modules)
         self._health = health
         self._offloading = Offloading(pipeline)
         self._hooked: list[nn.Module] = []
         names: dict[int, tuple[str, nn.Module]] = {}
-        for name, module in modules_in(pipeline):
+        for name, module in modules:
             names.setdefault(id(module), (name, module))
         processors = None
         if swaps_processors(pipeline):
-            processors = AttentionProcessors([module for _, module in modules_in(pipeline)])
+            processors = AttentionProcessors([module for _, module in modules])
         # if nested pipelines have modules of the same name, the first one is watched
         watched = dict(reversed(list(names.values())))
         self.guard = ModuleGuard(watched, type(pipeline), processors)
@@ -110,6 +113,7 @@ class EngineModules:
             health.device,
             processors_apart=processors is not None,
             tokenized=partial(followed, digests=fingerprints) if on_gpu else lambda output: output,
+            beside=beside,
         )
 
     def scope_of(self, pipeline: Any) -> EngineScope:

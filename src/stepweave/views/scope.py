@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -23,17 +24,22 @@ from stepweave.truncation.tokenizers import Reporter
 
 class PrivateScope(RequestScopedPipeline):
     """Makes views with copies of the tokenizers, so that direct calls of the pipeline cannot change
-    their padding. `tokenized` maps a tokenizer's output to the output to use."""
+    their padding. `tokenized` maps a tokenizer's output to the output to use. `beside` are modules
+    that only other pipelines have."""
 
     def __init__(
-        self, pipeline: Any, tokenized: Callable[[Any], Any] = lambda output: output
+        self,
+        pipeline: Any,
+        tokenized: Callable[[Any], Any] = lambda output: output,
+        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__(pipeline, wrap_scheduler=False)
         self._home = pipeline
         self._tokenized = tokenized
         # by the `id` of the original: the original, its number of tokens, and the copy
         self._tokenizers: dict[int, tuple[Any, int, Any]] = {}
-        self._shared = {id(module): module for _, module in modules_in(pipeline)}
+        modules = [*modules_in(pipeline), *beside.items()]
+        self._shared = {id(module): module for _, module in modules}
 
     def sibling(self, pipeline: Any) -> Self:
         """The scope of another pipeline of the same modules. Raises EngineMisuseError, naming the
@@ -81,8 +87,9 @@ class EngineScope(PrivateScope):
         *,
         processors_apart: bool,
         tokenized: Callable[[Any], Any] = lambda output: output,
+        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        super().__init__(pipeline, tokenized)
+        super().__init__(pipeline, tokenized, beside)
         self._guard = guard
         self._stand_ins = stand_ins
         self._device = device

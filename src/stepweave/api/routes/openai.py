@@ -11,6 +11,7 @@ from starlette.routing import Route
 from stepweave.api.answer_schemas import (
     Model,
     ModelArgument,
+    ModelComponent,
     ModelDetails,
     ModelImage,
     ModelList,
@@ -51,7 +52,7 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url, reference
-from stepweave.calls import has_scalar, takes_lists
+from stepweave.calls import CONTROL_IMAGE, has_scalar, takes_lists
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
 from stepweave.serving.kinds import TEXT_TO_IMAGE
@@ -202,8 +203,9 @@ class OpenAIRoutes:
             scheduler_steps=model.scheduler_steps,
             arguments=_arguments(model),
             images=_images(model),
+            components=_components(model),
             prompt=model.fields.prompt,
-            generations=model.kind == TEXT_TO_IMAGE,
+            generations=model.kind.task == TEXT_TO_IMAGE,
             edits=model.edits,
             limits_of_edits={
                 name: limits.as_json()
@@ -238,6 +240,25 @@ def _arguments(model: ServedModel) -> list[ModelArgument]:
                 description=argument.description,
             )
         )
+    return found
+
+
+def _components(model: ServedModel) -> list[ModelComponent]:
+    found = []
+    for field, components in model.pipelines.components().items():
+        for name, one in components.items():
+            tasks = model.pipelines.tasks_of(field, name)
+            found.append(
+                ModelComponent(
+                    name=name,
+                    field=field,
+                    model=type(one.model).__name__,
+                    image=CONTROL_IMAGE,
+                    edits=[task for task in model.edits if task in tasks],
+                    generations=TEXT_TO_IMAGE in tasks,
+                    description=one.description,
+                )
+            )
     return found
 
 
