@@ -88,6 +88,7 @@ class ImageRequest(BaseModel):
 PASSED = ("prompt", "negative_prompt", "guidance_rescale", "reproducible", "request_tag")
 # fields that the pipeline's call takes by the same name, if it has such an argument; else the
 # request is refused
+OWN_TIMES = ("sigmas", "timesteps")  # arguments that are as many steps as they are long
 OPTIONAL_ARGUMENTS = ("negative_prompt", "guidance_scale", "guidance_rescale")
 
 

@@ -64,15 +64,15 @@ def words_of(error: BaseException) -> str:
 
 def refusal_of(error: BaseException) -> str | None:
     """The message of a pipeline's own check of its arguments: a ValueError or TypeError raised
-    directly in a function of diffusers that checks something, as `check_inputs` does, or in the
-    pipeline's `__call__`; None for other errors."""
+    directly in a function of diffusers that checks something, as `check_inputs` does, or that reads
+    timesteps, or in the pipeline's `__call__`; None for other errors."""
     if not isinstance(error, (ValueError, TypeError)) or error.__traceback__ is None:
         return None
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
     code = last.tb_frame.f_code
-    checks = code.co_name.startswith("check_") or (
+    checks = code.co_name.startswith(("check_", "retrieve_timesteps", "set_timesteps")) or (
         code.co_name == "__call__" and "return_dict" in code.co_varnames
     )
     raises = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -213,6 +213,21 @@ def test_an_unknown_name_is_refused_with_one_that_is_like_it(own: InProcess) -> 
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("steps", "(did you mean num_inference_steps?)"),
+        ("width", "(did you mean size?)"),
+        ("num_images_per_prompt", "(did you mean n?)"),
+        ("sampler", "(did you mean scheduler?)"),
+        ("latents", "requests send texts, numbers, flags and images"),
+        ("callback_on_step_end", "requests send texts, numbers, flags and images"),
+    ],
+)
+def test_names_of_others_are_known(own: InProcess, name: str, told: str) -> None:
+    assert told in error(own.post(**{name: 1}))[2]
+
+
 def test_work_that_is_multiplied_counts_as_images(own: InProcess) -> None:
     assert own.post(n=2, layers=4).status_code == 200
     status, param, message = error(own.post(n=3, layers=4))
@@ -467,6 +482,14 @@ def test_lists_in_forms_are_json_or_come_one_by_one(
     assert answer.status_code == 200, answer.text
     call = app.pipeline.record.calls[-1]
     assert (call["edit_threshold"], call["tiled"], call["clip_skip"]) == ([0.5, 0.25], True, 2)
+
+
+def test_a_list_in_a_form_that_is_neither_is_told_how(in_process: Make) -> None:
+    app = in_process(OwnEdits(), warmup=False)
+    parts: list[Any] = [("prompt", (None, "x")), ("edit_threshold", (None, "0.5,0.25"))]
+    parts += [("image", ("a.png", colour("red"), "image/png"))]
+    status, param, message = error(app.client.post(EDITS, files=parts))
+    assert (status, param) == (400, "edit_threshold") and "send a list as JSON" in message
 
 
 class OwnEdits(Own):

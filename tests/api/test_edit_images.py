@@ -212,3 +212,38 @@ def test_a_phones_photo_is_edited_on_every_surface(served: Served, path: str) ->
         assert red > 150 and grass > 150 and sky > 150 and green < 100 and above < 100, (
             "it is the right way up"
         )
+
+
+@pytest.mark.parametrize("sigmas", [[1, 1], [0, 0], [0.5, 0.5, 0.2]])
+def test_sigmas_that_a_scheduler_cannot_tell_apart_are_the_requests_fault(
+    served: Served, sigmas: list[float]
+) -> None:
+    """It fails when it looks up the second step."""
+    answer = httpx.post(
+        f"{served.url}/v1/images/generations",
+        json={"prompt": "x", "sigmas": sigmas},
+        timeout=SECONDS,
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "sigmas"), error
+
+
+def test_a_schedulers_own_reason_is_told(served: Served) -> None:
+    body = {"prompt": "x", "sigmas": [1, 0.5], "scheduler": "FlowMatchHeunDiscreteScheduler"}
+    answer = httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=SECONDS)
+    assert answer.status_code == 400
+    assert "does not support custom sigmas" in answer.json()["error"]["message"]
+
+
+def test_an_argument_of_another_kind_of_request_says_which(served: Served) -> None:
+    body = {"prompt": "x", "padding_mask_crop": 4}
+    answer = httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=SECONDS)
+    assert answer.status_code == 400
+    assert "requests with a mask have it" in answer.json()["error"]["message"]
+
+
+def test_the_schedulers_of_edits_are_listed_where_they_differ(served: Served) -> None:
+    details = httpx.get(f"{served.url}/v1/models", timeout=SECONDS).json()["data"][0]["stepweave"]
+    of_edits = details["schedulers_of_edits"]
+    assert of_edits.keys() == {"image_to_image", "inpainting"}
+    assert all(set(names) < set(details["schedulers"]) for names in of_edits.values())

@@ -166,6 +166,9 @@ class ModelDetails(Limits):
         "a value is used."
     )
     schedulers: list[str] = Field(description="What `scheduler` may name.")
+    schedulers_of_edits: dict[str, list[str]] = Field(
+        description="The same of those edits that take others."
+    )
     scheduler_steps: dict[str, SchedulerSteps] = Field(
         description="Of those that only run with some values of `num_inference_steps`."
     )

@@ -190,7 +190,8 @@ def _sorted(
         if isinstance(value, str):
             if name in known:
                 raise InvalidRequestError(
-                    f"{name} is {shown(value)}; it must be a file.", param=name
+                    f"{name} is {shown(value)}; it must be a file. JSON takes data URLs.",
+                    param=name,
                 )
             texts[name] = value
         elif name in known:

@@ -3,14 +3,13 @@ schemas that all models have."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, create_model
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
 from stepweave.api.schemas import Edit, Files
 from stepweave.calls import (
@@ -107,7 +106,12 @@ def _of_text(kind: Any, value: Any) -> Any:
         return value
     words = has_scalar(kind, str)
     if value.lstrip().startswith("[") or not words:
-        with contextlib.suppress(ValueError):
+        try:
             value = from_json(value)
+        except ValueError:
+            if has_scalar(kind, int) or has_scalar(kind, float):
+                raise PydanticCustomError(
+                    "list", "send a list as JSON, such as [1, 2], or the field several times"
+                ) from None
     only_lists = all(get_origin(part) in (list, tuple) for part in parts_of(kind))
     return [value] if only_lists and not isinstance(value, list) else value

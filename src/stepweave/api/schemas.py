@@ -30,6 +30,26 @@ LONG = 32 * 1024  # bytes beyond which a body is not parsed on the event loop
 MANY = 4
 PROMPTS = ("prompt", "negative_prompt")
 MOST_NAMED = 5  # of what is ignored
+# what other servers and pipelines call a field
+MEANT = {
+    "batch_size": "n",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "denoising_strength": "strength",
+    "height": "size",
+    "image_size": "size",
+    "init_image": "image",
+    "num_images": "n",
+    "num_images_per_prompt": "n",
+    "num_steps": "num_inference_steps",
+    "sampler": "scheduler",
+    "sampler_name": "scheduler",
+    "sampling_steps": "num_inference_steps",
+    "steps": "num_inference_steps",
+    "width": "size",
+}
+# of pipelines, for tensors, functions and dictionaries
+NEVER = re.compile(r"latents|embeds|callback|generator|_kwargs$")
 
 
 class StreamRequest(ImageRequest):
@@ -201,7 +221,8 @@ def require_form(content_type: str) -> None:
     """Raise UnsupportedMediaTypeError unless the content type is that of a form with files."""
     if parse_options_header(content_type)[0] != b"multipart/form-data":
         raise UnsupportedMediaTypeError(
-            f"The content type is {shown(content_type)}; send multipart/form-data."
+            f"The content type is {shown(content_type)}; send multipart/form-data, or JSON with "
+            "the header `Content-Type: application/json` and images as data URLs."
         )
 
 
@@ -321,8 +342,12 @@ def refused_field(name: str, schema: type[BaseModel] | None) -> InvalidRequestEr
 
 def _unknown(param: str | None, schema: type[BaseModel] | None) -> InvalidRequestError:
     known = [] if schema is None else list(schema.model_fields)
+    meant = MEANT.get(param or "")
+    hint = f" (did you mean {meant}?)" if meant in known else did_you_mean(param or "", known)
+    if param is not None and NEVER.search(param):
+        hint = "; requests send texts, numbers, flags and images"
     return InvalidRequestError(
-        f"Unknown field {shown(param)}{did_you_mean(param or '', known)}.",
+        f"Unknown field {shown(param)}{hint}.",
         code="unknown_field",
         param=param and param[:SHOWN],
     )

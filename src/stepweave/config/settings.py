@@ -318,7 +318,8 @@ class Settings(BaseSettings):
             if self.revision is None:
                 raise ValueError(
                     f"STEPWEAVE_MODEL={shown(self.model)} is not an existing directory; if it is a "
-                    "hub id, set STEPWEAVE_REVISION to its commit (40 hex digits)"
+                    "hub id, set STEPWEAVE_REVISION to its commit (40 hex digits; the newest is "
+                    f"printed by `git ls-remote https://huggingface.co/{self.model} HEAD`)"
                 )
         elif self.revision is not None:
             raise ValueError(

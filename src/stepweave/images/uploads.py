@@ -131,7 +131,7 @@ def _mask(file: Upload, lead: _Decoded | None, max_pixels: int, warnings: list[s
     sent = _decode(file.data, file.name, max_pixels, like, is_mask=True)
     stencil = masks.of_mask(sent.image, sent.alpha, file.name)
     warnings += sent.warnings
-    if lead is not None and sent.size != lead.size:
+    if lead is not None and sent.size not in (lead.size, lead.image.size):
         warnings.append(
             f"{file.name}: it is {_by(sent.size)}, and was scaled to {_by(lead.image.size)} with "
             "the image."

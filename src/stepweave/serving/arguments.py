@@ -18,14 +18,14 @@ from stepweave.calls import (
 )
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
-from stepweave.errors import InvalidRequestError, shown
+from stepweave.errors import InvalidRequestError
 from stepweave.loading.beside import GUIDES, Added
 from stepweave.loading.control_pipelines import modes_of
+from stepweave.parameters import OWN_TIMES
 from stepweave.planning.workload import multiplies_work
 from stepweave.serving.kinds import MOST_TOGETHER
 
 TRAIN_TIMESTEPS = 1000  # of schedulers that do not say how many they have
-OWN_TIMES = ("sigmas", "timesteps")  # arguments that are as many steps as they are long
 
 
 def work_limits(
@@ -78,16 +78,11 @@ def resolve_arguments(
 ) -> dict[str, Any]:
     """Check a request's arguments for its pipeline, whose limit is so many `images`.
 
-    Raises InvalidRequestError for one that the pipeline does not take, one that is missing, and
-    more work than `n` images may be.
+    Raises InvalidRequestError for one that is missing, and for more work than `n` images may be.
     """
     call = described(pipeline)
     work = float(n)
     for name, value in given.items():
-        if name not in call.arguments:
-            raise InvalidRequestError(
-                f"{name} is {shown(value)}, but {call.pipeline} has no {name}.", param=name
-            )
         if multiplies_work(name) and isinstance(value, int):
             usual = preset.call.get(name) or call.arguments[name].default or 1
             work *= max(1.0, value / usual)

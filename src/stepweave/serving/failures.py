@@ -14,7 +14,7 @@ from stepweave.errors import (
     duration,
     shown,
 )
-from stepweave.parameters import Parameters
+from stepweave.parameters import OWN_TIMES, Parameters
 from stepweave.reasons import refusal_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
         )
         return InvalidRequestError(f"The pipeline rejects these values: {refusal}")
     at_the_end = isinstance(cause, (ImageCountError, NonFiniteError))
-    own = dict(parameters.arguments) if at_the_end or not job.progress.step else {}
+    own = dict(parameters.arguments)
+    if job.progress.step and not at_the_end:  # schedulers look up timesteps at each step
+        own = {name: value for name, value in own.items() if name in OWN_TIMES}
     if parameters.sources is not None and not job.progress.step:
         # references, which have a size of their own
         result = parameters.width, parameters.height

@@ -37,6 +37,13 @@ def kind_of(sources: Sources | None, components: Chosen = ()) -> Kind:
     return Kind(IMAGE_TO_IMAGE if begins else TEXT_TO_IMAGE, components)
 
 
+def with_(kind: Kind) -> str:
+    """What requests of a kind have, for messages: `with an image`."""
+    images = {IMAGE_TO_IMAGE: "an image", INPAINTING: "a mask"}.get(kind.task)
+    had = [*([images] if images else []), *(field for field, _ in kind.components)]
+    return f"with {' and '.join(had)}" if had else "without an image"
+
+
 def chosen(arguments: Mapping[str, object], fields: Collection[str]) -> Chosen:
     """The components that a request names, of these fields."""
     found = []

@@ -31,6 +31,7 @@ from stepweave.loading.trials import Limits
 from stepweave.parameters import (
     MAX_SEED,
     OPTIONAL_ARGUMENTS,
+    OWN_TIMES,
     PASSED,
     ImageRequest,
     Parameters,
@@ -38,7 +39,6 @@ from stepweave.parameters import (
 )
 from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.arguments import (
-    OWN_TIMES,
     resolve_arguments,
     resolve_steps,
     with_components,
@@ -76,6 +76,7 @@ from stepweave.serving.kinds import (
     Kind,
     chosen,
     kind_of,
+    with_,
 )
 from stepweave.serving.names import names_of
 from stepweave.serving.no_effect import warnings_of
@@ -265,6 +266,7 @@ class ServedModel:
         if n > limits.images:
             raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
         own = {name: value for name, value in asked.items() if name not in dict(components)}
+        self._check_names(own, kind, pipeline)
         given = resolve_arguments(own, pipeline, self.preset, n, limits.images)
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **given}
         check_texts(texts, limits.prompt_characters)
@@ -309,6 +311,23 @@ class ServedModel:
         if rehearse:
             self.check_steps(parameters)
         return parameters
+
+    def _check_names(self, given: Collection[str], kind: Kind, pipeline: Any) -> None:
+        """Raise InvalidRequestError for an argument that only another kind of request has."""
+        for name in given:
+            if name in described(pipeline).arguments:
+                continue
+            others = [
+                with_(other)
+                for other, one in self.pipelines.by_kind().items()
+                if name in described(one).arguments
+            ]
+            told = f"; requests {' or '.join(dict.fromkeys(others))} have it" if others else ""
+            raise InvalidRequestError(
+                f"{name} is set, but {described(pipeline).pipeline}, for requests {with_(kind)}, "
+                f"has no {name}{told}.",
+                param=name,
+            )
 
     def size_of_edit(
         self, source: tuple[int, int], size: str | None, *, masked: bool
@@ -489,6 +508,12 @@ class ServedModel:
         ):
             return True
         return self._rehearsals_for(parameters).runs(parameters.scheduler, self._course(parameters))
+
+    @property
+    def schedulers_of_edits(self) -> dict[str, list[str]]:
+        """What requests for each of `edits` may name, where it is not the same."""
+        found = {task: sorted(self._rehearsals[task].schedulers) for task in self.edits}
+        return {task: names for task, names in found.items() if names != sorted(self.schedulers)}
 
     @property
     def scheduler_steps(self) -> dict[str, dict[str, list[int]]]:

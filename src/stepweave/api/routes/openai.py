@@ -200,6 +200,7 @@ class OpenAIRoutes:
             default_guidance_scale=model.default_guidance,
             presets=model.preset.sources(),
             schedulers=sorted(model.schedulers),
+            schedulers_of_edits=model.schedulers_of_edits,
             scheduler_steps=model.scheduler_steps,
             arguments=_arguments(model),
             images=_images(model),
