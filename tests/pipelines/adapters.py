@@ -256,9 +256,8 @@ def stable_diffusion_xl_adapter_text() -> diffusers.StableDiffusionXLAdapterPipe
 # IP-Adapter
 
 
-def with_image(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
-    """The pipeline with an IP-Adapter, whose weights are made here in place of a checkpoint."""
-    network = pipeline.unet
+def ip_adapter(network: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of an IP-Adapter for a UNet, made here in place of a checkpoint's."""
     width = network.config.cross_attention_dim
     weights: dict[str, torch.Tensor] = {}
     for number, (name, processor) in enumerate(network.attn_processors.items()):
@@ -276,7 +275,12 @@ def with_image(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
         "norm.weight": torch.ones(width),
         "norm.bias": torch.zeros(width),
     }
-    network._load_ip_adapter_weights([{"image_proj": project, "ip_adapter": weights}])
+    return {"image_proj": project, "ip_adapter": weights}
+
+
+def with_image(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
+    """The pipeline with an IP-Adapter."""
+    pipeline.unet._load_ip_adapter_weights([ip_adapter(pipeline.unet)])
     pipeline.set_ip_adapter_scale(scale)
     return pipeline
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import inspect
 import io
 import json
@@ -17,9 +18,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
+from safetensors.torch import save_file
 
-from tests.pipelines.parts import HINTS, diffusion, diffusion_xl
+from tests.pipelines.adapters import ip_adapter
+from tests.pipelines.parts import HINTS, diffusion, diffusion_xl, vision
 from tests.pipelines.registry import example_image, mask
 from tests.served.server import NotServedError, Served, serving
 from tests.support.uploads import url_of
@@ -49,6 +53,17 @@ def adapter() -> diffusers.T2IAdapter:
     return diffusers.T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2)
 
 
+def write_ip_adapter(unet: Any, folder: Path) -> None:
+    """A directory with an IP-Adapter and its image encoder."""
+    vision().save_pretrained(folder / "image_encoder")
+    tensors = {
+        f"{part}.{name}": tensor
+        for part, named in ip_adapter(unet).items()
+        for name, tensor in named.items()
+    }
+    save_file(tensors, folder / "ip-adapter.safetensors")
+
+
 @dataclass(frozen=True)
 class Models:
     """The directories of a model and of components."""
@@ -56,7 +71,9 @@ class Models:
     folder: Path
 
     def setting(self) -> str:
-        sources: dict[str, Any] = {name: str(self.folder / name) for name in ("canny", "sketch")}
+        sources: dict[str, Any] = {
+            name: str(self.folder / name) for name in ("canny", "sketch", "faces")
+        }
         sources["depth"] = {"source": str(self.folder / "depth"), "description": "how far it is"}
         return json.dumps(sources)
 
@@ -81,6 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         ("sketch", adapter()),
     ):
         trained(model).save_pretrained(folder / name)  # type: ignore[operator]
+    write_ip_adapter(pipeline.unet, folder / "faces")
     return Models(folder)
 
 
@@ -114,6 +132,14 @@ def pixels(answer: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
+@dataclass(frozen=True)
+class Like:
+    """What a plain call with an IP-Adapter needs."""
+
+    scale: float = 1.0
+    mask: Image.Image | None = None
+
+
 class Plain:
     """diffusers' own pipelines of the same files."""
 
@@ -121,7 +147,9 @@ class Plain:
         self.models = models
         self.base = diffusers.StableDiffusionPipeline.from_pretrained(models.folder / "model")
 
-    def __call__(self, name: str, *guides: str, **arguments: Any) -> np.ndarray:
+    def __call__(
+        self, name: str, *guides: str, like: Like | None = None, **arguments: Any
+    ) -> np.ndarray:
         kind = getattr(diffusers, name)
         extra: dict[str, Any] = {"requires_safety_checker": False}
         if guides == ("sketch",):
@@ -136,6 +164,20 @@ class Plain:
         parts = {name: one for name, one in self.base.components.items() if name in taken}
         pipeline = kind(**{**parts, **extra})
         pipeline.set_progress_bar_config(disable=True)
+        if like is not None:
+            pipeline.unet = copy.deepcopy(self.base.unet)
+            pipeline.load_ip_adapter(
+                str(self.models.folder / "faces"),
+                subfolder="",
+                weight_name="ip-adapter.safetensors",
+            )
+            pipeline.set_ip_adapter_scale(like.scale)
+            arguments["ip_adapter_image"] = SECOND
+            if like.mask is not None:
+                masks = IPAdapterMaskProcessor().preprocess([like.mask], height=SIDE, width=SIDE)
+                arguments["cross_attention_kwargs"] = {
+                    "ip_adapter_masks": [masks.reshape(1, 1, SIDE, SIDE)]
+                }
         image = pipeline(**COMMON, generator=torch.Generator().manual_seed(SEED), **arguments)
         return np.asarray(image.images[0]).astype(int)
 
@@ -213,6 +255,45 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Plain], np.ndarray]]] = {
             **SIZE,
         ),
     ),
+    "like": (
+        {"ip_adapter": "faces", "ip_adapter_image": url_of(SECOND)},
+        lambda plain: plain("StableDiffusionPipeline", like=Like(), **SIZE),
+    ),
+    "a little like": (
+        {"ip_adapter": "faces", "ip_adapter_image": url_of(SECOND), "ip_adapter_scale": 0.3},
+        lambda plain: plain("StableDiffusionPipeline", like=Like(0.3), **SIZE),
+    ),
+    "like within a mask": (
+        {
+            "ip_adapter": "faces",
+            "ip_adapter_image": url_of(SECOND),
+            "ip_adapter_mask": url_of(MASK),
+            "ip_adapter_scale": 0.8,
+        },
+        lambda plain: plain("StableDiffusionPipeline", like=Like(0.8, MASK), **SIZE),
+    ),
+    "like and guided": (
+        {
+            "ip_adapter": "faces",
+            "ip_adapter_image": url_of(SECOND),
+            "controlnet": "canny",
+            "control_image": url_of(FIRST),
+        },
+        lambda plain: plain(
+            "StableDiffusionControlNetPipeline", "canny", like=Like(), image=FIRST, **SIZE
+        ),
+    ),
+    "image to image like": (
+        {
+            "ip_adapter": "faces",
+            "ip_adapter_image": url_of(SECOND),
+            "image": url_of(SOURCE),
+            "strength": 0.75,
+        },
+        lambda plain: plain(
+            "StableDiffusionImg2ImgPipeline", like=Like(), image=SOURCE, strength=0.75
+        ),
+    ),
     "adapter": (
         {"t2i_adapter": "sketch", "control_image": url_of(FIRST)},
         lambda plain: plain("StableDiffusionAdapterPipeline", "sketch", image=FIRST, **SIZE),
@@ -239,6 +320,7 @@ def test_requests_with_and_without_components_get_the_plain_images_alone_and_tog
     assert guided.engine.stats().errors == 0
     names = guided.engine.stats().forwards
     assert {"controlnet.canny", "controlnet.depth", "t2i_adapter.sketch"} <= names.keys()
+    assert names["ip_adapter.faces"].merged_calls > 0, "of several scales, with and without a mask"
 
 
 @pytest.mark.full
@@ -255,7 +337,7 @@ def test_the_model_lists_its_components_and_the_file_names_what_guided_it(guided
 
     details = asyncio.run(model())
     components = {one["name"]: one for one in details["components"]}
-    assert components.keys() == {"canny", "depth", "sketch"}
+    assert components.keys() == {"canny", "depth", "sketch", "faces"}
     assert components["depth"] == {
         "name": "depth",
         "field": "controlnet",
@@ -296,6 +378,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "sketch, which this model does not use for image to image",
     ),
     "a scale of nothing": ({"controlnet_conditioning_scale": 0.5}, "has no controlnet_cond"),
+    "nothing to be like": ({"ip_adapter": "faces"}, "ip_adapter_image is missing"),
+    "a control image only": (
+        {"ip_adapter": "faces", "control_image": url_of(FIRST)},
+        "set controlnet to canny",
+    ),
+    "like what": ({"ip_adapter_image": url_of(FIRST)}, "set ip_adapter to faces"),
+    "a large scale": (
+        {"ip_adapter": "faces", "ip_adapter_image": url_of(FIRST), "ip_adapter_scale": 11},
+        "less than or equal to 10",
+    ),
+    "a scale of no adapter": ({"ip_adapter_scale": 0.5}, "has no ip_adapter_scale"),
     "an empty list": ({"controlnet": [], "control_image": url_of(FIRST)}, "controlnet is []"),
 }
 

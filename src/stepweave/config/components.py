@@ -13,6 +13,10 @@ from pydantic_settings import NoDecode
 from stepweave.errors import shown
 
 MOST_COMPONENTS = 32
+# by the field of requests that names them, what they are called; an autoencoder is not named
+GUIDES = {"controlnet": "ControlNet", "t2i_adapter": "T2I-Adapter"}
+IP_ADAPTER = "ip_adapter"
+VAE = "vae"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ON_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)@([0-9a-f]{40})")
 
@@ -26,6 +30,17 @@ class ComponentSource(BaseModel):
     source: str = Field(min_length=1, description="A directory, or `OWNER/NAME@COMMIT`.")
     subfolder: str | None = Field(
         None, pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", description="Where in it the component is."
+    )
+    weights: str | None = Field(
+        None,
+        pattern=r"^[\w-][\w.-]*\.safetensors$",
+        description="The file of an IP-Adapter, if the directory has several.",
+    )
+    image_encoder: str | None = Field(
+        None,
+        pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$",
+        description="Where in the source an IP-Adapter's image encoder is; by default in "
+        "`image_encoder` beside its file.",
     )
     description: str = Field("", max_length=200, description="What it is for, as clients are told.")
 

@@ -1,49 +1,52 @@
-"""Loads components beside the model: ControlNets, T2I-Adapters, another autoencoder."""
+"""Loads components beside the model: ControlNets, adapters for images, another autoencoder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders import IPAdapterMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from stepweave.config import Settings
-from stepweave.config.components import ComponentSource
+from stepweave.config.components import IP_ADAPTER, VAE, ComponentSource
 from stepweave.config.preset import Preset
 from stepweave.errors import LoadError, shown
 from stepweave.loading.components import Component
 from stepweave.loading.files import find_damage
+from stepweave.loading.ip_adapters import adapted, is_ip_adapter, read_ip_adapter
 from stepweave.loading.reading import Reading, check_placed
 from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
 
-# by the field of requests that names them, what they are called
-GUIDES = {"controlnet": "ControlNet", "t2i_adapter": "T2I-Adapter"}
-VAE = "vae"
-_FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json")
+_FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json")
+_ENCODER = "image_encoder"
 _VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Added:
     """A component beside the model. `field` is that of requests which names it, or `vae` for one
-    that replaces the model's own."""
+    that replaces the model's own. `parts` are what replaces the pipeline's by name."""
 
     name: str
     field: str
     model: Any
     description: str = ""
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_beside(
@@ -66,12 +69,20 @@ def load_beside(
         began = time.monotonic()
         on_begin(name)
         try:
-            one = _load(name, source, base, dtype)
+            folder = _folder(source, base)
+            file = None if (folder / CONFIG_NAME).exists() else _adapter_file(folder, source)
+            if file is None:
+                one = _load(name, source, folder, dtype)
+            else:
+                _check_plain(settings)
+                one = _load_ip_adapter(name, source, folder, file, pipeline, dtype)
             if one.field == VAE:
                 _replace_vae(pipeline, one, added)
         except LoadError as error:
             raise LoadError(f"the component {name!r} cannot be loaded: {error.message}") from error
-        one.model.to(device)
+        for part in (one.model, *one.parts.values()):
+            if isinstance(part, nn.Module):
+                part.to(device)
         added[name] = one
         logger.info(
             "component %s: %s of %s (%.1f s)",
@@ -84,19 +95,24 @@ def by_field(added: Mapping[str, Added]) -> dict[str, dict[str, Added]]:
     """Those that requests may name, by their fields."""
     found: dict[str, dict[str, Added]] = {}
     for name, one in added.items():
-        if one.field in GUIDES:
+        if one.field != VAE:
             found.setdefault(one.field, {})[name] = one
     return found
 
 
-def _load(name: str, source: ComponentSource, base: Path | None, dtype: torch.dtype) -> Added:
-    folder = _folder(source, base)
-    kind, field = _kind(folder)
+def _load(name: str, source: ComponentSource, folder: Path, dtype: torch.dtype) -> Added:
+    kind, field_ = _kind(folder)
+    return Added(name, field_, _read(name, kind, folder, dtype), source.description)
+
+
+def _read(name: str, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a class in a directory. Raises LoadError."""
     reading = Reading(folder, [Component(name, kind)])
     try:
         with reading.watched():
+            options = {"torch_dtype": dtype} if issubclass(kind, ModelMixin) else {"dtype": dtype}
             model = kind.from_pretrained(
-                str(folder), variant=_variant(folder), torch_dtype=dtype, use_safetensors=True
+                str(folder), variant=_variant(folder), use_safetensors=True, **options
             )
         check_placed({name: model})
     except LoadError:
@@ -104,7 +120,76 @@ def _load(name: str, source: ComponentSource, base: Path | None, dtype: torch.dt
     except Exception as error:
         damage = find_damage(folder.parent, folder.name)
         raise LoadError(damage or reason_of(error, folder)) from error
-    return Added(name, field, model.eval(), source.description)
+    return model.eval()
+
+
+def _adapter_file(folder: Path, source: ComponentSource) -> Path | None:
+    """The file of an IP-Adapter in a directory; None if there is none. Raises LoadError for one
+    that is missing, and for several without a choice."""
+    if source.weights is not None:
+        if not (folder / source.weights).is_file():
+            raise LoadError(f"{source.weights} is missing")
+        return folder / source.weights
+    files = [file for file in sorted(folder.glob("*.safetensors")) if is_ip_adapter(file)]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise LoadError(f"it has several IP-Adapters ({names}); choose one with `weights`")
+    return files[0] if files else None
+
+
+def _check_plain(settings: Settings) -> None:
+    """Raise LoadError for what an IP-Adapter's UNet, which shares the model's weights, cannot be
+    used with."""
+    for setting, on in (
+        ("offload", settings.offload != "off"),
+        ("quantization", settings.quantization is not None),
+        ("compile", settings.compile),
+    ):
+        if on:
+            raise LoadError(f"IP-Adapters cannot be used with STEPWEAVE_{setting.upper()}")
+
+
+def _load_ip_adapter(
+    name: str, source: ComponentSource, folder: Path, file: Path, pipeline: Any, dtype: torch.dtype
+) -> Added:
+    """A UNet with the adapter, and an image encoder: that of the adapter, or the model's."""
+    if not isinstance(pipeline, IPAdapterMixin) or not hasattr(pipeline, "image_encoder"):
+        raise LoadError(f"{type(pipeline).__name__} takes no IP-Adapters")
+    unet = adapted(pipeline.unet, read_ip_adapter(file))
+    root = folder
+    for _ in (source.subfolder or "").split("/") if source.subfolder else ():
+        root = root.parent
+    place = root / source.image_encoder if source.image_encoder else folder / _ENCODER
+    encoder = pipeline.image_encoder
+    if (place / CONFIG_NAME).is_file():
+        encoder = _read(place.name, CLIPVisionModelWithProjection, place, dtype)
+    if encoder is None:
+        raise LoadError(
+            f"it has no image encoder ({_ENCODER}/ beside {file.name}, or `image_encoder`), and "
+            "neither has the model"
+        )
+    _check_width(unet, encoder)
+    size = encoder.config.image_size
+    extractor = pipeline.feature_extractor if encoder is pipeline.image_encoder else None
+    parts = {
+        "unet": unet,
+        _ENCODER: encoder,
+        # as diffusers makes it
+        "feature_extractor": extractor or CLIPImageProcessor(size=size, crop_size=size),
+    }
+    return Added(name, IP_ADAPTER, unet, source.description, parts)
+
+
+def _check_width(unet: Any, encoder: Any) -> None:
+    """Raise LoadError if the adapter is for embeddings of another image encoder."""
+    [layer] = unet.encoder_hid_proj.image_projection_layers
+    wanted = getattr(getattr(layer, "image_embeds", None), "in_features", None)
+    width = encoder.config.projection_dim
+    if wanted is not None and wanted != width:
+        raise LoadError(
+            f"it is for image embeddings of {wanted} numbers; those of its image encoder have "
+            f"{width}: set `image_encoder`"
+        )
 
 
 def _folder(source: ComponentSource, base: Path | None) -> Path:
@@ -119,12 +204,12 @@ def _folder(source: ComponentSource, base: Path | None) -> Path:
             )
         repository, commit = on_the_hub
         part = f"{source.subfolder}/" if source.subfolder else ""
+        files = [part + file for file in _FILES]
+        if source.weights is not None:
+            encoder = source.image_encoder or f"{part}{_ENCODER}"
+            files = [part + source.weights, *(f"{encoder}/{file}" for file in _FILES)]
         try:
-            folder = Path(
-                snapshot_download(
-                    repository, revision=commit, allow_patterns=[part + file for file in _FILES]
-                )
-            )
+            folder = Path(snapshot_download(repository, revision=commit, allow_patterns=files))
         except Exception as error:
             raise LoadError(
                 f"{repository} at {commit} cannot be downloaded from the hub: {reason_of(error)}"
@@ -138,7 +223,8 @@ def _kind(folder: Path) -> tuple[Any, str]:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
     except FileNotFoundError:
         raise LoadError(
-            f"{CONFIG_NAME} is missing: it is not the directory of a model of diffusers"
+            f"{CONFIG_NAME} is missing, and there is no IP-Adapter: it is not the directory of a "
+            "component"
         ) from None
     except (OSError, ValueError) as error:
         raise LoadError(f"{CONFIG_NAME} cannot be read: {reason_of(error, folder)}") from None
@@ -157,7 +243,8 @@ def _kind(folder: Path) -> tuple[Any, str]:
     if name.startswith(("Autoencoder", "AsymmetricAutoencoder")):
         return kind, VAE
     raise LoadError(
-        f"it is a {name}; a component may be a ControlNet, a T2I-Adapter, or an autoencoder"
+        f"it is a {name}; a component may be a ControlNet, a T2I-Adapter, an IP-Adapter, or an "
+        "autoencoder"
     )
 
 

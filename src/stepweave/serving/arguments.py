@@ -17,14 +17,29 @@ from stepweave.calls import (
     described,
 )
 from stepweave.config import Settings
+from stepweave.config.components import GUIDES, IP_ADAPTER
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError
-from stepweave.loading.beside import GUIDES, Added
+from stepweave.loading.beside import Added
 from stepweave.loading.control_pipelines import modes_of
 from stepweave.parameters import OWN_TIMES
 from stepweave.planning.workload import multiplies_work
-from stepweave.serving.kinds import MOST_TOGETHER
+from stepweave.serving.kinds import (
+    IP_ADAPTER_IMAGE,
+    IP_ADAPTER_MASK,
+    IP_ADAPTER_SCALE,
+    MOST_TOGETHER,
+)
 
+MOST_SCALE = 10.0  # of an IP-Adapter
+_SCALE = Argument(
+    IP_ADAPTER_SCALE, "number", float, 1.0, description="How much the IP-Adapter counts."
+)
+_IP_ADAPTER_IMAGES = (
+    Argument(IP_ADAPTER_IMAGE, "image", description="What the result is like."),
+    # an image, since it may have another size than the result's
+    Argument(IP_ADAPTER_MASK, "image", description="White where `ip_adapter_image` counts."),
+)
 TRAIN_TIMESTEPS = 1000  # of schedulers that do not say how many they have
 
 
@@ -57,6 +72,7 @@ def with_components(
     arguments = dict(fields.arguments)
     for field, known in components.items():
         one: Any = Literal[tuple(known)]
+        guides = field in GUIDES
         told = "; ".join(
             f"`{name}` is {type(added.model).__name__}"
             + (f", {added.description}" if added.description else "")
@@ -65,12 +81,18 @@ def with_components(
         argument = Argument(
             field,
             "string",
-            one | list[one],
-            description=f"Which {GUIDES[field]} guides the image, by `control_image`: {told}.",
+            one | list[one] if guides else one,
+            description=f"Which {GUIDES[field]} guides the image, by `control_image`: {told}."
+            if guides
+            else f"Which IP-Adapter makes it like `ip_adapter_image`: {told}.",
         )
         bounds = Bounds(0, 0, min(len(known), MOST_TOGETHER))
         arguments[field] = ArgumentField(argument, bounds)
-    return replace(fields, arguments=arguments)
+    if IP_ADAPTER not in components:
+        return replace(fields, arguments=arguments)
+    arguments[IP_ADAPTER_SCALE] = ArgumentField(_SCALE, Bounds(0, MOST_SCALE))
+    images = {**fields.images, **{one.name: one for one in _IP_ADAPTER_IMAGES}}
+    return replace(fields, arguments=arguments, images=images)
 
 
 def resolve_arguments(
@@ -128,6 +150,10 @@ def resolve_steps(
     own = next((name for name in OWN_TIMES if given.get(name)), None)
     if own is not None:
         steps = len(given[own])
+        if steps > most:
+            raise InvalidRequestError(
+                f"{own} has {steps} elements; the limit is {most}.", param=own
+            )
         if asked not in (None, steps):
             raise InvalidRequestError(
                 f"num_inference_steps is {asked}, and {own} has {steps} elements; leave one of "

@@ -15,10 +15,12 @@ from stepweave.calls import described, has_scalar
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
+from stepweave.loading.ip_adapters import attention_arguments
 from stepweave.loading.sizes import SizeLimits, knows_multiple
 from stepweave.loading.trials import Size
 from stepweave.parameters import OPTIONAL_ARGUMENTS, Parameters, Sources
 from stepweave.planning.workload import arguments_of, takes
+from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, IP_ADAPTER_SCALE
 
 DEFAULT_STRENGTH = 0.8  # of pipelines without a default of their own
 
@@ -212,6 +214,27 @@ def call_arguments(
             for name, value in given.items()
             if value is not None and name in arguments
         },
+    }
+
+
+def ip_adapter_arguments(pipeline: Any, parameters: Parameters) -> dict[str, Any]:
+    """The arguments of a call with an IP-Adapter: its image, scale and mask."""
+    assert parameters.sources is not None
+    images = parameters.sources.images
+    # as Stable Diffusion's pipelines batch the two halves of guidance
+    guidance = parameters.guidance_scale
+    halves = 2 if guidance is not None and guidance > 1 else 1
+    scale = parameters.arguments.get(IP_ADAPTER_SCALE)
+    masks = images.get(IP_ADAPTER_MASK)
+    return {
+        IP_ADAPTER_IMAGE: [images[IP_ADAPTER_IMAGE][0]],
+        "cross_attention_kwargs": attention_arguments(
+            1.0 if scale is None else scale,
+            None if masks is None else masks[0],
+            (parameters.width, parameters.height),
+            halves * parameters.n,
+            getattr(pipeline, "_execution_device", "cpu"),
+        ),
     }
 
 

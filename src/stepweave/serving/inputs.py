@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from stepweave.calls import CONTROL_IMAGE, CallDescription, described
+from stepweave.config.components import IP_ADAPTER
 from stepweave.errors import InvalidRequestError
 from stepweave.loading.control_pipelines import guides_of
 from stepweave.parameters import Sources
-from stepweave.serving.kinds import Chosen, Kind
+from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, Chosen, Kind
 
 Size = tuple[int, int]
 
@@ -89,7 +90,12 @@ def check_guides(pipeline: Any, counts: Mapping[str, int]) -> None:
 def check_images(call: CallDescription, sources: Sources, components: Chosen = ()) -> None:
     """Raise InvalidRequestError for images that a pipeline does not take, or that are missing."""
     named: dict[str, str] = {}
+    adapts = IP_ADAPTER in dict(components)
+    if adapts and IP_ADAPTER_IMAGE not in sources.images:
+        raise _lacks_ip_adapter_image()
     for given in sources.images:
+        if adapts and given in (IP_ADAPTER_IMAGE, IP_ADAPTER_MASK):
+            continue
         name = call.name_of(given)
         if name is None:
             raise InvalidRequestError(
@@ -111,6 +117,8 @@ def missing(
 ) -> InvalidRequestError:
     """The error of a request without images that the pipeline needs; `given` are those that it has,
     by the pipeline's names."""
+    if not call.needs_images and IP_ADAPTER in dict(components):
+        return _lacks_ip_adapter_image()
     names = {call.control: CONTROL_IMAGE} if components else {}
     absent = [names.get(name, name) for name in call.needs_images if name not in given]
     needs = [names.get(name, name) for name in call.needs_images]
@@ -123,14 +131,37 @@ def missing(
     )
 
 
-def unused(components: Mapping[str, Collection[str]]) -> InvalidRequestError:
-    """The error of a request with an image for a component, and none that it names."""
-    choices = " or ".join(f"{field} to {', '.join(names)}" for field, names in components.items())
+def _lacks_ip_adapter_image() -> InvalidRequestError:
     return InvalidRequestError(
-        f"{CONTROL_IMAGE} is set, but not what it guides; set {choices}.",
+        f"{IP_ADAPTER_IMAGE} is missing: {IP_ADAPTER} makes images like it. Send it to "
+        "/v1/images/edits as a file, or as a data URL.",
         code="missing_field",
-        param=next(iter(components)),
+        param=IP_ADAPTER_IMAGE,
     )
+
+
+def check_named(
+    call: CallDescription,
+    sources: Sources,
+    components: Chosen,
+    known: Mapping[str, Collection[str]],
+) -> None:
+    """Raise InvalidRequestError for an image of a component if the request names none; `known` are
+    those that there are."""
+    takes = call.name_of(CONTROL_IMAGE) is not None  # without a component, too
+    named = {one for one, _ in components}
+    for image, fields in (
+        (CONTROL_IMAGE, [] if takes else [one for one in known if one != IP_ADAPTER]),
+        (IP_ADAPTER_IMAGE, [one for one in known if one == IP_ADAPTER]),
+        (IP_ADAPTER_MASK, [one for one in known if one == IP_ADAPTER]),
+    ):
+        if image in sources.images and fields and not named & set(fields):
+            choices = " or ".join(f"{one} to {', '.join(known[one])}" for one in fields)
+            raise InvalidRequestError(
+                f"{image} is set, but not what it is for; set {choices}.",
+                code="missing_field",
+                param=fields[0],
+            )
 
 
 def leading_name(given: Collection[str], pipelines: Iterable[Any]) -> str:
@@ -143,8 +174,11 @@ def leading_name(given: Collection[str], pipelines: Iterable[Any]) -> str:
     return "image" if "image" in given else next(iter(given))
 
 
-def leading_image(call: CallDescription, sources: Sources) -> Image.Image:
-    """The image that decides about the size of a result."""
+def leading_image(call: CallDescription, sources: Sources) -> Image.Image | None:
+    """The image that decides about the size of a result; None if that of an IP-Adapter is the only
+    one."""
+    if not sources.images.keys() - {IP_ADAPTER_IMAGE, IP_ADAPTER_MASK}:
+        return None
     named = {call.name_of(given): images[0] for given, images in sources.images.items()}
     return named.get(call.scaled, sources.image)
 
@@ -154,7 +188,8 @@ def at_most(size: Size, pixels: int) -> Size:
     scale = math.sqrt(pixels / math.prod(size))
     if scale >= 1:
         return size
-    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    width, height = (max(1, int(side * scale)) for side in size)
+    return min(width, pixels // height), min(height, pixels // width)
 
 
 def takes_alpha(pipeline: Any) -> bool:

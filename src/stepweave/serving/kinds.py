@@ -10,6 +10,9 @@ from stepweave.parameters import Sources
 
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text_to_image", "image_to_image", "inpainting"
 
+IP_ADAPTER_IMAGE, IP_ADAPTER_MASK = "ip_adapter_image", "ip_adapter_mask"
+IP_ADAPTER_SCALE = "ip_adapter_scale"
+OF_COMPONENTS = frozenset((CONTROL_IMAGE, IP_ADAPTER_IMAGE, IP_ADAPTER_MASK))  # images
 MOST_TOGETHER = 4  # components of one request
 
 # by the request's field, such as `controlnet`: the names of its components
@@ -33,7 +36,7 @@ def kind_of(sources: Sources | None, components: Chosen = ()) -> Kind:
         return Kind(TEXT_TO_IMAGE, components)
     if sources.mask is not None:
         return Kind(INPAINTING, components)
-    begins = not components or bool(sources.images.keys() - {CONTROL_IMAGE})
+    begins = not components or bool(sources.images.keys() - OF_COMPONENTS)
     return Kind(IMAGE_TO_IMAGE if begins else TEXT_TO_IMAGE, components)
 
 

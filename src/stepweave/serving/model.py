@@ -9,8 +9,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from stepweave.calls import CONTROL_IMAGE, RequestFields, described, fields_of
+from stepweave.calls import RequestFields, described, fields_of
 from stepweave.config import Settings
+from stepweave.config.components import IP_ADAPTER
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequestError, shown
@@ -54,6 +55,7 @@ from stepweave.serving.call import (
     default_arguments,
     default_of,
     default_strength,
+    ip_adapter_arguments,
     resolve_strength,
     scales_images,
 )
@@ -62,15 +64,16 @@ from stepweave.serving.inputs import (
     at_most,
     check_guides,
     check_images,
+    check_named,
     leading_image,
     leading_name,
     missing,
     takes_alpha,
-    unused,
 )
 from stepweave.serving.kinds import (
     IMAGE_TO_IMAGE,
     INPAINTING,
+    IP_ADAPTER_SCALE,
     TEXT_TO_IMAGE,
     Chosen,
     Kind,
@@ -87,6 +90,7 @@ logger = logging.getLogger(__name__)
 DRAWN_SEED_BITS = 32  # of a seed that the server draws, short enough to copy
 
 GUIDANCE = (0.0, 100.0)
+FULL = 4  # references of a request that may have as many pixels as a result
 
 
 class ServedModel:
@@ -276,8 +280,8 @@ class ServedModel:
                 f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.",
                 param="seed",
             )
-        leading = None if sources is None else leading_image(call, sources).size
-        width, height = self._size(request.size, kind, leading)
+        leading = None if sources is None else leading_image(call, sources)
+        width, height = self._size(request.size, kind, None if leading is None else leading.size)
         steps = resolve_steps(
             request.num_inference_steps,
             self.default_steps,
@@ -317,6 +321,8 @@ class ServedModel:
         for name in given:
             if name in described(pipeline).arguments:
                 continue
+            if name == IP_ADAPTER_SCALE and IP_ADAPTER in dict(kind.components):
+                continue
             others = [
                 with_(other)
                 for other, one in self.pipelines.by_kind().items()
@@ -330,7 +336,7 @@ class ServedModel:
             )
 
     def size_of_edit(
-        self, source: tuple[int, int], size: str | None, *, masked: bool
+        self, source: tuple[int, int], size: str | None, *, masked: bool, count: int = 1
     ) -> tuple[int, int]:
         """Width and height of the image of an edit that has the size of the result, or of a
         reference: `source` itself, unless it is larger than results may be. `size` is that of the
@@ -339,13 +345,14 @@ class ServedModel:
         kind = Kind(INPAINTING if masked else IMAGE_TO_IMAGE)
         pipeline = self._pipeline_of_edits(kind)
         if described(pipeline).scaled is None or scales_images(pipeline):
-            return self.size_of_reference(source)
+            return self.size_of_reference(source, count)
         return self.size_of_image(kind, self._size(size, kind, source))
 
-    def size_of_reference(self, source: tuple[int, int]) -> tuple[int, int]:
+    def size_of_reference(self, source: tuple[int, int], count: int = 1) -> tuple[int, int]:
         """Width and height of an image that the pipeline scales itself: its own, or, if it has more
-        than `STEPWEAVE_MAX_PIXELS` pixels, as many."""
-        return at_most(source, self.settings.max_pixels)
+        than `STEPWEAVE_MAX_PIXELS` pixels, as many. All of `count` such images may have FULL times
+        as many together."""
+        return at_most(source, self.settings.max_pixels * FULL // max(FULL, count))
 
     def _size(
         self, size: str | None, kind: Kind, source: tuple[int, int] | None
@@ -397,16 +404,17 @@ class ServedModel:
             pipeline = self._pipeline_of_edits(kind)
         call = described(pipeline)
         known = self.pipelines.components()
-        if known and not components and sources is not None and CONTROL_IMAGE in sources.images:
-            if call.name_of(CONTROL_IMAGE) is None:
-                raise unused(known)
+        if known and sources is not None:
+            check_named(call, sources, components, known)
         if sources is None:
             if components:
                 raise missing(call, (), components)
             return pipeline
         check_images(call, sources, components)
         if sources.mask is not None and call.scaled is not None:
-            size, other = sources.mask.size, leading_image(call, sources).size
+            leading = leading_image(call, sources)
+            assert leading is not None  # a mask has an image
+            size, other = sources.mask.size, leading.size
             if size != other:
                 (width, height), (other_width, other_height) = size, other
                 raise InvalidRequestError(
@@ -583,6 +591,8 @@ class ServedModel:
             enlargement=self.inputs.enlargements.get(kind, 1),
             copies=self.inputs.copies[kind],
         )
+        if IP_ADAPTER in dict(parameters.components):
+            arguments |= ip_adapter_arguments(pipeline, parameters)
         return {**options, **arguments}
 
     def _pipeline_of(self, parameters: Parameters) -> Any:

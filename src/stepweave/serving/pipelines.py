@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from stepweave.calls import described
+from stepweave.config.components import GUIDES
 from stepweave.errors import InvalidRequestError, LoadError
 from stepweave.loading.beside import Added, by_field
 from stepweave.loading.control_pipelines import control_pipeline
-from stepweave.loading.edit_pipelines import edit_pipeline
+from stepweave.loading.edit_pipelines import edit_pipeline, made_of
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, MOST_TOGETHER, TEXT_TO_IMAGE, Kind
 
 logger = logging.getLogger(__name__)
@@ -82,16 +83,20 @@ class Pipelines:
     @property
     def most_together(self) -> int:
         """The most components of one request."""
-        most = max((len(known) for known in self._added.values()), default=1)
+        guides = [len(known) for field, known in self._added.items() if field in GUIDES]
+        most = max(guides, default=1)
         return min(most, MOST_TOGETHER)
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules that only pipelines with components have, by name."""
-        return {
-            f"{field}.{name}": one.model
-            for field, components in self._added.items()
-            for name, one in components.items()
-        }
+        found: dict[str, nn.Module] = {}
+        for field, components in self._added.items():
+            for name, one in components.items():
+                found[f"{field}.{name}"] = one.model
+                encoder = one.parts.get("image_encoder")
+                if encoder is not None and encoder is not getattr(self.main, "image_encoder", None):
+                    found[f"{field}.{name}.image_encoder"] = encoder
+        return found
 
     def of(self, kind: Kind) -> Any:
         """The pipeline of a kind of request; None if there is none for its task. Raises
@@ -120,26 +125,29 @@ class Pipelines:
             del self._guided[other]
 
     def _combined(self, kind: Kind) -> Any:
-        field = kind.components[0][0]
-        if len(kind.components) > 1:
-            fields = " and ".join(name for name, _ in kind.components)
-            raise InvalidRequestError(f"{fields} are both set; set one of them.", param=field)
-        names = kind.components[0][1]
-        if len(names) > MOST_TOGETHER:
+        guides = [field for field, _ in kind.components if field in GUIDES]
+        if len(guides) > 1:
             raise InvalidRequestError(
-                f"{field} has {len(names)} names; the limit is {MOST_TOGETHER}.", param=field
+                f"{' and '.join(guides)} are both set; set one of them.", param=guides[0]
             )
-        for name in names:
-            if Kind(kind.task, ((field, (name,)),)) not in self._guided:
+        for field, names in kind.components:
+            most = MOST_TOGETHER if field in GUIDES else 1
+            if len(names) > most:
                 raise InvalidRequestError(
-                    f"{field} is {name}, which this model does not use for "
-                    f"{kind.task.replace('_', ' ')}.",
-                    param=field,
-                    code="unsupported",
+                    f"{field} has {len(names)} names; the limit is {most}.", param=field
                 )
+            for name in names:
+                if Kind(kind.task, ((field, (name,)),)) not in self._guided:
+                    raise InvalidRequestError(
+                        f"{field} is {name}, which this model does not use for "
+                        f"{kind.task.replace('_', ' ')}.",
+                        param=field,
+                        code="unsupported",
+                    )
         try:
             made = self._made(kind)
         except LoadError as error:
+            field, names = kind.components[0]
             raise InvalidRequestError(
                 f"{field} is {', '.join(names)}: {error.message}.", param=field, code="unsupported"
             ) from None
@@ -149,6 +157,12 @@ class Pipelines:
         return made
 
     def _made(self, kind: Kind) -> Any:
-        (field, names), = kind.components  # fmt: skip
-        models = [self._added[field][name].model for name in names]
-        return control_pipeline(self._tasks[kind.task], models)
+        pipeline = self._tasks[kind.task]
+        guides: list[Any] = []
+        for field, names in kind.components:
+            components = [self._added[field][name] for name in names]
+            if field in GUIDES:
+                guides = [one.model for one in components]
+            else:
+                pipeline = made_of(pipeline, type(pipeline), components[0].parts)
+        return control_pipeline(pipeline, guides) if guides else pipeline

@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 
 from stepweave.calls import CONTROL_IMAGE, Argument, described
+from stepweave.config.components import IP_ADAPTER
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.errors import (
     DeviceFailedError,
@@ -30,7 +31,7 @@ from stepweave.loading.trials import Fault, Limits, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import takes
 from stepweave.reasons import reason_of, refusal_of
-from stepweave.serving.kinds import INPAINTING, TEXT_TO_IMAGE, Kind
+from stepweave.serving.kinds import INPAINTING, IP_ADAPTER_IMAGE, TEXT_TO_IMAGE, Kind
 from stepweave.serving.model import ServedModel
 from stepweave.telemetry.stages import enter_stage
 
@@ -180,7 +181,7 @@ class WarmUp:
             if sources is None or name == call.scaled or given not in sources.images:
                 continue
             # darker, so that not even their means are equal
-            other = _image(self._native, 90).point(lambda level: level // 3)
+            other = _image(sources.images[given][0].size, 90).point(lambda level: level // 3)
             two = (*sources.images[given], other)
             several = replace(sources, images={**sources.images, given: two})
             results = [
@@ -306,6 +307,8 @@ class WarmUp:
                 given = CONTROL_IMAGE
             count = max(1, len(guides_of(pipeline))) if name == call.control else 1
             images[given] = (made,) * count
+        if IP_ADAPTER in dict(kind.components):
+            images[IP_ADAPTER_IMAGE] = (_image(self._native, 90 * index),)
         return Sources(images)
 
     def _attempt(

@@ -53,9 +53,10 @@ from stepweave.api.schemas import (
 )
 from stepweave.api.urls import base_url, reference
 from stepweave.calls import CONTROL_IMAGE, has_scalar, takes_lists
+from stepweave.config.components import IP_ADAPTER
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
-from stepweave.serving.kinds import TEXT_TO_IMAGE
+from stepweave.serving.kinds import IP_ADAPTER_IMAGE, TEXT_TO_IMAGE
 from stepweave.serving.server import Server
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def _components(model: ServedModel) -> list[ModelComponent]:
                     name=name,
                     field=field,
                     model=type(one.model).__name__,
-                    image=CONTROL_IMAGE,
+                    image=IP_ADAPTER_IMAGE if field == IP_ADAPTER else CONTROL_IMAGE,
                     edits=[task for task in model.edits if task in tasks],
                     generations=TEXT_TO_IMAGE in tasks,
                     description=one.description,
