@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import base64
 import copy
+import gzip
 import io
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from stepweave.api.middleware.native_schema import with_model
 from stepweave.api.routes.openai import NO_STREAM
+from stepweave.api.schemas import EditBody
 from stepweave.config import Settings
 from stepweave.config.preset import parsed
 from stepweave.errors import LoadError
@@ -132,6 +136,10 @@ def made(answer: httpx.Response) -> Image.Image:
 def details(app: InProcess) -> dict[str, Any]:
     found: dict[str, Any] = app.client.get("/v1/models").json()["data"][0]["stepweave"]
     return found
+
+
+def details_id(app: InProcess) -> str:
+    return str(app.client.get("/v1/models").json()["data"][0]["id"])
 
 
 @pytest.fixture
@@ -408,6 +416,46 @@ def test_too_many_images_and_pixels_are_refused(in_process: Make) -> None:
     assert error(app.client.post(EDITS, files=[one, *guides])) == (
         400, "guide_image", "guide_image is given 2 times; Editing takes one."
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '{"image_url":1}', "1", '"x"'])
+@pytest.mark.parametrize("path", [EDITS, "/edit", "/v1/images/generations", "/v2/models/{}/infer"])
+def test_a_body_of_far_too_many_parts_is_refused_before_it_is_read(
+    editing: InProcess, path: str, part: str
+) -> None:
+    """Compressed it is tiny, and each part would become objects and errors."""
+    body = b'{"prompt": "x", "image": [' + b",".join([part.encode()] * 40_000) + b"]}"
+    with patch("stepweave.api.schemas.from_json", side_effect=AssertionError("it was read")):
+        answer = editing.client.post(
+            path.format(details_id(editing)),
+            content=gzip.compress(body),
+            headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
+        )
+    assert answer.status_code == 400 and "the limit is 20000" in answer.text
+
+
+def test_only_the_first_of_many_wrong_images_is_looked_at() -> None:
+    body = b'{"prompt": "x", "image": [' + b",".join([b"[]"] * 5000) + b"]}"
+    with pytest.raises(ValidationError) as caught:
+        EditBody.model_validate_json(body)
+    assert caught.value.error_count() < 10
+
+
+def test_a_presets_bounds_of_sigmas_leave_their_number_as_it_is(in_process: Make) -> None:
+    preset = json.dumps({"limits": {"sigmas": [0, 1]}})
+    app = in_process(Own(), warmup=False, preset=preset, max_steps=16)
+    found = {one["name"]: one for one in details(app)["arguments"]}["sigmas"]
+    assert (found["maximum"], found["max_items"]) == (1, 16)
+    status, param, _ = error(app.post(sigmas=[0.5] * 17))
+    assert (status, param) == (400, "sigmas")
+
+
+def test_a_list_may_come_in_as_many_fields_as_it_may_have_elements(in_process: Make) -> None:
+    app = in_process(OwnEdits(), warmup=False)
+    parts: list[Any] = [("prompt", (None, "x")), ("image", ("a.png", colour("red"), "image/png"))]
+    parts += [("sigmas", (None, str(1 - step / 200))) for step in range(100)]
+    answer = app.client.post(EDITS, files=parts)
+    assert "Too many fields" not in answer.text
 
 
 def test_an_unknown_file_is_refused_with_one_that_is_like_it(editing: InProcess) -> None:

@@ -44,7 +44,7 @@ RequestT = TypeVar("RequestT", bound=ImageRequest)
 
 IMAGE, MASK = "image", "mask"
 REQUIRED = (IMAGE,)
-MAX_FIELDS = 64
+MAX_FIELDS = 256  # lists may come element by element
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
 # including empty ones, which browsers send if no file was chosen
@@ -228,7 +228,7 @@ def _files_of(fields: RequestFields) -> dict[str, bool]:
 
 def _name(given: str, same: Mapping[str, str]) -> str:
     """A field's name, without the brackets of one that may come several times."""
-    name = given.removesuffix("[]")
+    name = given.removesuffix("[]") or given
     return same.get(name, name)
 
 
@@ -405,8 +405,8 @@ async def read_images(
 
     def fit(name: str, source: tuple[int, int], masked: bool) -> tuple[int, int]:
         if name != leading:
-            return served.size_of_reference(source)
-        return served.size_of_edit(source, size, masked=masked)
+            return served.size_of_reference(source, len(form.files))
+        return served.size_of_edit(source, size, masked=masked, count=len(form.files))
 
     with form.used():
         return await server.decoders.read_sources(

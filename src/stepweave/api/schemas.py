@@ -30,6 +30,7 @@ LONG = 32 * 1024  # bytes beyond which a body is not parsed on the event loop
 MANY = 4
 PROMPTS = ("prompt", "negative_prompt")
 MOST_NAMED = 5  # of what is ignored
+MOST_PARTS = 20_000  # commas and brackets of a long body in JSON
 # what other servers and pipelines call a field
 MEANT = {
     "batch_size": "n",
@@ -156,7 +157,7 @@ class ImageReference(BaseModel):
 
 
 File = DataURL | ImageReference
-Files = File | Annotated[list[File], Field(min_length=1, max_length=MAX_SAME)]
+Files = File | Annotated[list[File], Field(min_length=1, max_length=MAX_SAME, fail_fast=True)]
 
 
 class JSONImages(BaseModel):
@@ -234,12 +235,26 @@ def parse(body: bytes, schema: type[RequestT]) -> RequestT:
 
     Raises InvalidRequestError naming the first wrong field, its value and what is allowed.
     """
+    check_parts(body)
     if len(body) > LONG or b"null" in body:
         body = _without_nulls(body, schema)
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
         raise explain(error, schema) from None
+
+
+def check_parts(body: bytes) -> None:
+    """Raise InvalidRequestError for a JSON body of more parts than any request needs, before it is
+    read: each part takes hundreds of bytes as an object, and more if it is wrong. Texts may have
+    commas, base64 has none."""
+    if len(body) > LONG:
+        parts = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+        if parts > MOST_PARTS:
+            raise InvalidRequestError(
+                f"The body has {parts} commas and brackets; the limit is {MOST_PARTS}.",
+                code="invalid_json",
+            )
 
 
 async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:

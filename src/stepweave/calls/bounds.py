@@ -89,7 +89,7 @@ def bounds_of(name: str, default: Any, *, integer: bool, limits: WorkLimits) -> 
         if _AREA.search(name):
             return Bounds(1, max(largest, limits.pixels))
         if _SIDES.search(name):
-            least = -limits.side if "crop" in name or "coord" in name else 0
+            least = -limits.side if "crops" in name or "coord" in name else 0
             return Bounds(least, max(largest, limits.side))
         return Bounds(0, max(FURTHER * largest, LARGEST_NUMBER))
     if _SHARE.search(name) and largest <= 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepweave.calls.argument import Argument, has_scalar
-from stepweave.calls.bounds import Bounds, WorkLimits, bounds_of
+from stepweave.calls.bounds import MOST_ELEMENTS, Bounds, WorkLimits, bounds_of
 from stepweave.calls.description import CONTROL_IMAGE, CallDescription
 
 
@@ -95,4 +95,7 @@ def _bounds(argument: Argument, default: Any, offered: Any, limits: WorkLimits) 
         integer=not has_scalar(argument.value, float),
         limits=limits,
     )
-    return known if offered is None else Bounds(offered[0], offered[1])
+    if offered is None:
+        return known
+    length = MOST_ELEMENTS if known is None else known.length
+    return Bounds(offered[0], offered[1], length)

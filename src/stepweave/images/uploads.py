@@ -76,9 +76,9 @@ def read_sources(
 ) -> Sources:
     """Decode the images of a request: in sRGB, rotated by their EXIF orientation, and scaled to the
     size that `fit` returns; without `fit` they keep their size. Masks are scaled to the size of the
-    image named `leading`, whose transparency is the mask if there is no other. The module `masks`
-    has the rule of what is repainted. With `alpha`, images are RGBA, and their transparency is no
-    mask.
+    image named `leading`, whose transparency is the mask if there is no other, and one such
+    image. The module `masks` has the rule of what is repainted. With `alpha`, images are RGBA, and
+    their transparency is no mask.
 
     Raises InvalidRequestError, with the file in `param`, UnsupportedMediaTypeError for another
     format, and errors of `fit`; also if all images together have more than `max_pixels`.
@@ -96,11 +96,15 @@ def read_sources(
         if file.is_mask:
             found[file.name] = (_mask(file, lead, max_pixels, warnings),)
             continue
-        leads = lead is None and file.name == leading
+        leads, one = lead is None and file.name == leading, counts[file.name] == 1
 
-        def fitted(size: Size, holes: bool, name: str = file.name, leads: bool = leads) -> Size:
+        def fitted(
+            size: Size, holes: bool, name: str = file.name, leads: bool = leads, one: bool = one
+        ) -> Size:
             return (
-                size if fit is None else fit(name, size, masked or (leads and holes and not alpha))
+                size
+                if fit is None
+                else fit(name, size, masked or (leads and one and holes and not alpha))
             )
 
         decoded = _decode(file.data, label, left, fitted)
@@ -112,7 +116,8 @@ def read_sources(
             )
         if leads:
             lead = decoded
-            if not masked and not alpha and masks.has_holes(decoded.alpha):
+            # of several references none is repainted
+            if not masked and not alpha and one and masks.has_holes(decoded.alpha):
                 stencil = masks.of_alpha(decoded.image)
         image = decoded.image.convert("RGBA") if alpha else _flat(decoded.image)
         found[file.name] = (*found.get(file.name, ()), image)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -64,6 +64,8 @@ def shape_of(
         if value is not None and name != "generator"
     )
     pixels = size[0] * size[1] if size else 0
+    if "strength" not in parameters:  # references, which are as much work as what they are for
+        pixels += sum(one.width * one.height for one in _images(arguments.values()))
     times = [
         value
         for name, value in values.items()
@@ -72,6 +74,12 @@ def shape_of(
     count = max(1, prompts * (images if isinstance(images, int) else 1)) * math.prod(times)
     shape = Shape(pixels, count, (type(pipeline), kind, type(scheduler)))
     return shape, object() if reproducible else size, _steps(values)
+
+
+def _images(values: Iterable[Any]) -> Iterator[Image.Image]:
+    for value in values:
+        several = value if isinstance(value, (list, tuple)) else (value,)
+        yield from (one for one in several if isinstance(one, Image.Image))
 
 
 def _size(values: dict[str, Any]) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic_core import from_json
 
 from stepweave.api.answer_schemas import InferenceAnswer, ReturnedTensor
-from stepweave.api.schemas import check_members, explain, without_nulls
+from stepweave.api.schemas import check_members, check_parts, explain, without_nulls
 from stepweave.errors import Code, InvalidRequestError, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -147,8 +147,9 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
                 param=HEADER_LENGTH,
             )
         length = given
+    text = body[:length].removeprefix(codecs.BOM_UTF8)
+    check_parts(text)
     try:
-        text = body[:length].removeprefix(codecs.BOM_UTF8)
         values = without_nulls(from_json(text, allow_inf_nan=False, cache_strings="none"))
         return InferenceRequest.model_validate(values), body[length:]
     except ValidationError as error:
