@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     )
     components: ComponentsValue = Field(
         {},
-        description="ControlNets, T2I-Adapters or an autoencoder beside the model: a JSON object "
+        description="ControlNets, adapters for images, an autoencoder beside the model: a JSON object "
         "of directories, or hub ids with commits, by name; or the path of a file with one.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
