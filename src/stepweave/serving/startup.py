@@ -69,7 +69,7 @@ def load(
         text = f"{place}: {message}" if stage == "loading" else message
         enter(stage, low + share * (high - low), text)
 
-    if settings.model_directory() is not None:
+    if settings.is_local():
         enter("loading", SHARES["loading"][0], place)
     if load_pipeline is None:
         pipeline, preset = loader.load_pipeline(settings, device, dtype, on_progress)
