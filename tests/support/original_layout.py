@@ -124,9 +124,7 @@ def vae(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def clip(model: Any) -> Tensors:
-    return {
-        name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()
-    }
+    return {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
 
 
 def open_clip(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -142,6 +140,9 @@ def open_clip(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if ".q_proj." in place:
             parts = [state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
             kind = place.rpartition(".")[2]
-            yield place.replace(f"self_attn.q_proj.{kind}", f"attn.in_proj_{kind}"), torch.cat(parts)
+            yield (
+                place.replace(f"self_attn.q_proj.{kind}", f"attn.in_proj_{kind}"),
+                torch.cat(parts),
+            )
         elif not re.search(r"\.[kv]_proj\.", place):
             yield renamed(place, OPEN_CLIP), tensor

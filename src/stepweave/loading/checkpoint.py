@@ -17,14 +17,16 @@ from stepweave.reasons import reason_of
 # names of tensors of files that are not checkpoints, and what these are
 _OTHERS = (
     (r"\blora_(up|down|A|B|unet|te\d?)\b|[._]lora\b|\blo(kr|ha)_|\bhada_w1|lora_unet_", "a LoRA"),
-    (r"control_model\.|controlnet_|control_add_embedding\.", "a ControlNet"),
+    (r"(^|\.)control(net)?_\w+\.", "a ControlNet"),
     (r"motion_modules\.", "a motion adapter"),
     (r"ip_adapter\.|image_proj\.", "an IP-Adapter"),
     (r"(emb_params|clip_l|clip_g|string_to_param\..*)$", "a textual inversion"),
 )
 _SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input)$|\.quant_state\b")
 _ALONE = re.compile(r"(down_blocks|up_blocks|single_transformer_blocks|transformer_blocks)\.\d")
-_WHOLE = re.compile(r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|conditioner\.")
+_WHOLE = re.compile(
+    r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|conditioner\."
+)
 _VAE = re.compile(r"((encoder|decoder)\.(conv|norm|down|up|mid)|(post_)?quant_conv\.)")
 V1, XL = "v1", "xl_base"  # diffusers' names of families with built-in configurations
 FAMILIES = {V1: "Stable Diffusion 1.5", XL: "Stable Diffusion XL"}
@@ -45,7 +47,10 @@ class Checkpoint:
         meta = {
             name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()
         }  # its values are of no interest
-        family = str(infer_diffusers_model_type(meta))
+        try:
+            family = str(infer_diffusers_model_type(meta))
+        except Exception:  # shapes or values of nothing that it knows
+            return None
         # diffusers says v1 of everything that it does not know
         key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
         is_v1 = CHECKPOINT_KEY_NAMES[V1] in meta and self.shapes.get(key, (0,))[-1] == _V1_CONTEXT

@@ -38,6 +38,7 @@ from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.single_file import (
     config_folder,
     held_components,
+    index_of_configs,
     read_components,
     sizes_in,
     with_prediction,
@@ -96,6 +97,7 @@ class _Place:
     """Where a model is: a directory with its variant, and for a single file, what is read of it."""
 
     folder: Path
+    index: dict[str, Any]
     variant: str | None
     checkpoint: Checkpoint | None = None
     held: Sequence[Component] = ()
@@ -106,21 +108,22 @@ def _find(settings: Settings, given: Collection[str], on_progress: OnProgress) -
     folder, file, checkpoint = settings.model_directory(), settings.model_file(), None
     if folder is None and file is None:
         on_progress("downloading", 0.0, settings.model)
-        return _Place(
-            *fetch(settings.model, settings.revision, settings.variant, given, on_progress)
+        folder, variant = fetch(
+            settings.model, settings.revision, settings.variant, given, on_progress
         )
+        return _Place(folder, read_index(folder), variant)
     held: Sequence[Component] = ()
     if file is not None:
         checkpoint = read_checkpoint(file)
-        folder = config_folder(checkpoint, settings)
+        folder = config_folder(checkpoint, settings.config_from)
     assert folder is not None
-    index = read_index(folder)
+    index = read_index(folder) if checkpoint is None else index_of_configs(folder)
     check_served(pipeline_class(index), given)
     files = files_of(folder)
     if checkpoint is not None:
         held = held_components(checkpoint, components_of(index), folder)
     variant = choose_variant(index, files, settings.variant, [part.name for part in held])
-    return _Place(folder, variant, checkpoint, held)
+    return _Place(folder, index, variant, checkpoint, held)
 
 
 def _read(
@@ -131,8 +134,8 @@ def _read(
     on_progress: OnProgress,
 ) -> DiffusionPipeline:
     """Read the pipeline of a directory or file. Raises LoadError unless all of it was read."""
-    folder, checkpoint = place.folder, place.checkpoint
-    index, sizes = read_index(folder), files_of(folder)
+    folder, index, checkpoint = place.folder, place.index, place.checkpoint
+    sizes = files_of(folder)
     held = {component.name for component in place.held}
     components = [part for part in components_of(index) if part.name not in held]
     check_vocabularies(components, sizes)

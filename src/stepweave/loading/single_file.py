@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     SingleFileComponentError,
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
@@ -22,35 +23,53 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
-from stepweave.config import Settings
+from stepweave.config.settings import SAFETENSORS
 from stepweave.errors import LoadError
 from stepweave.loading.checkpoint import FAMILIES, Checkpoint
 from stepweave.loading.clip_vocabulary import clip_tokenizer
-from stepweave.loading.components import Component
+from stepweave.loading.components import Component, read_index
+from stepweave.loading.files import find_damage
 from stepweave.loading.reading import check_tensors, listed
+from stepweave.reasons import reason_of
 
 SETTING = "STEPWEAVE_CONFIG_FROM"
 CONFIGS = Path(__file__).parent / "configs"  # for FAMILIES, by diffusers' names of them
+_HUB_ID = "pretrained_model_name_or_path"
+_SAFETY = "safety_checker"
 _VAES = ("first_stage_model.", "vae.")
 _ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 _MODULES = (single_file_model, single_file_utils)  # those that call load_model_dict_into_meta
 
 
-def config_folder(checkpoint: Checkpoint, settings: Settings) -> Path:
+def config_folder(checkpoint: Checkpoint, config_from: str | None) -> Path:
     """The directory of a checkpoint's configurations: that of the setting, or a built-in one.
     Raises LoadError if there is neither."""
-    if settings.config_from is not None:
-        return Path(settings.config_from).expanduser()
+    if config_from is not None:
+        return Path(config_from).expanduser()
     family = checkpoint.family
     if family in FAMILIES:
         return CONFIGS / str(family)
     known = " and ".join(FAMILIES.values())
-    what = "is of no family that diffusers knows" if family is None else f"is of family {family!r}"
+    what, example = "is of no family that diffusers knows", ""
+    if family is not None:
+        what = f"is of family {family!r}"
+        example = f", such as {DIFFUSERS_DEFAULT_PIPELINE_PATHS[family][_HUB_ID]}"
     raise LoadError(
         f"{checkpoint.path.name} {what}, and there are built-in configurations of {known} only; "
-        f"set {SETTING} to the directory of a pipeline of this kind (its files without weights are "
-        "enough)"
+        f"set {SETTING} to the directory of a pipeline of this kind{example} (its files without "
+        "weights are enough)"
     )
+
+
+def index_of_configs(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a directory of configurations. Raises LoadError.
+
+    Single files hold no safety checker: without weights in the directory, there is none.
+    """
+    index = read_index(folder)
+    if _SAFETY in index and not any((folder / _SAFETY).glob(f"*{SAFETENSORS}")):
+        index[_SAFETY] = [None, None]
+    return index
 
 
 def is_built_in(folder: Path) -> bool:
@@ -71,7 +90,7 @@ def held_components(
 def _is_held(component: Component, checkpoint: Checkpoint) -> bool:
     kind, names = component.kind, checkpoint.shapes
     if component.is_a(ModelMixin):
-        if "Autoencoder" in kind.__name__:
+        if _kind_of(component) == "vae":
             return checkpoint.has(*_VAES)
         return hasattr(kind, "from_single_file")
     if component.weights is None:
@@ -84,24 +103,21 @@ def _is_held(component: Component, checkpoint: Checkpoint) -> bool:
 def sizes_in(checkpoint: Checkpoint, held: Sequence[Component]) -> dict[str, int]:
     """About how many bytes of a file each component has, for the progress."""
     models = [component for component in held if component.weights is not None]
-    encoders = [component for component in models if not component.is_a(ModelMixin)]
-    sizes = dict.fromkeys((f"{component.name}/" for component in models), 0)
-    of_encoders = 0
+    kinds = [_kind_of(component) for component in models]
+    sizes = {"vae": 0, "encoder": 0, "denoiser": 0}
     for name, size in checkpoint.sizes.items():
-        if name.startswith(_ENCODERS):
-            of_encoders += size
-            continue
-        kinds = ["Autoencoder" in component.kind.__name__ for component in models]
-        place = [
-            component
-            for component, is_vae in zip(models, kinds, strict=True)
-            if is_vae is name.startswith(_VAES) and component not in encoders
-        ]
-        if place:
-            sizes[f"{place[0].name}/"] += size
-    for component in encoders:
-        sizes[f"{component.name}/"] = of_encoders // len(encoders)
-    return sizes
+        of = "vae" if name.startswith(_VAES) else "denoiser"
+        sizes["encoder" if name.startswith(_ENCODERS) else of] += size
+    return {
+        f"{component.name}/": sizes[kind] // kinds.count(kind)
+        for component, kind in zip(models, kinds, strict=True)
+    }
+
+
+def _kind_of(component: Component) -> str:
+    if not component.is_a(ModelMixin):
+        return "encoder"
+    return "vae" if "Autoencoder" in component.kind.__name__ else "denoiser"
 
 
 def read_components(
@@ -129,19 +145,19 @@ def read_components(
                 read[name] = _read(component, dict(tensors), folder, dtype)
         except SingleFileComponentError:
             raise LoadError(f"{checkpoint.path.name} has no weights of {name}") from None
-        except (KeyError, IndexError, AttributeError) as error:  # from conversions
-            kind = component.kind.__name__
-            raise LoadError(
-                f"{place}: its tensors are not those of {kind} with the configuration in "
-                f"{name}/ ({type(error).__name__}: {error})"
-            ) from error
+        except (LoadError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # from conversions, which expect certain tensors
+            reason = find_damage(folder, name) or (
+                f"{place} cannot be read as {component.kind.__name__} with {name}/config.json: "
+                f"{type(error).__name__}: {reason_of(error, folder)}"
+            )
+            raise LoadError(reason) from error
         counts[name] = len(read[name].state_dict())
     return read, counts
 
 
-def _read(
-    component: Component, tensors: dict[str, Any], folder: Path, dtype: torch.dtype
-) -> Any:
+def _read(component: Component, tensors: dict[str, Any], folder: Path, dtype: torch.dtype) -> Any:
     where: dict[str, Any] = {
         "config": str(folder),
         "subfolder": component.name,

@@ -40,8 +40,9 @@ def choose_variant(
     only one that completes the model is chosen. Raises LoadError naming the missing files, and the
     setting if it helps.
     """
-    components = [part for part in components_of(index) if part.name not in held]
+    components = components_of(index)
     check_folders(components, files)
+    components = [part for part in components if part.name not in held]
     found = {
         component.name: _variants(component, files) for component in components if component.weights
     }
