@@ -5,7 +5,7 @@ from __future__ import annotations
 from stepweave.config.settings import OPTIMIZATIONS
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "revision", "variant", "config_from", "model_names", "preset"),
+    "Model": ("model", "revision", "variant", "config_from", "model_names", "preset", "embeddings"),
     "Device and weights": ("device", "dtype", *OPTIMIZATIONS, "cpu_threads"),
     "Batching": (
         "batching",

@@ -108,6 +108,12 @@ class Settings(BaseSettings):
         description="Defaults for requests, as in `stepweave.json`: a JSON object, or the path of "
         "a file that holds one.",
     )
+    embeddings: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory of textual inversions, `.safetensors` files; a prompt uses one by "
+        "its file's name without the ending.",
+    )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
     )
@@ -360,6 +366,13 @@ class Settings(BaseSettings):
                 f"STEPWEAVE_CONFIG_FROM={shown(self.config_from)} is not an existing directory"
             )
         return self
+
+    @field_validator("embeddings")
+    @classmethod
+    def _is_a_directory(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).expanduser().is_dir():
+            raise PydanticCustomError("directory", "it is not an existing directory")
+        return value
 
     @model_validator(mode="after")
     def _preset_is_within_limits(self) -> Settings:

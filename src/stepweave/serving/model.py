@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequestError, shown
 from stepweave.loading.edit_pipelines import edit_pipeline
+from stepweave.loading.embeddings import Embedding
 from stepweave.loading.kinds import check_served
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
@@ -60,7 +61,7 @@ from stepweave.serving.inputs import (
 )
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from stepweave.serving.names import names_of
-from stepweave.serving.no_effect import warnings_of
+from stepweave.serving.no_effect import spelling_warnings, warnings_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,20 @@ class ServedModel:
 
     `image_to_image` and `inpaint` are pipelines for requests with an image, or with a mask, too, or
     None: the model's own if it takes them, else others of its family. `schedulers` are those that
-    requests may name. `settings.preset` has precedence over `preset`. Raises LoadError if the
-    pipeline does not make images, or does not support a value of a preset.
+    requests may name. `settings.preset` has precedence over `preset`. `embeddings` are the
+    pipeline's textual inversions. Raises LoadError if the pipeline does not make images, or does
+    not support a value of a preset.
     """
 
-    def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        preset: Preset,
+        settings: Settings,
+        embeddings: Sequence[Embedding] = (),
+    ) -> None:
         self.pipeline = pipeline
+        self.embeddings = embeddings
         self.settings = settings
         self.preset = preset = settings.preset_over(preset)
         check_served(type(pipeline), preset.call)
@@ -481,9 +490,12 @@ class ServedModel:
         )
 
     def warnings_of(self, request: ImageRequest, parameters: Parameters) -> list[str]:
-        """Warnings about values of a request that have no effect."""
+        """Warnings about values of a request that have no effect, or not all of it."""
         pipeline = self.pipeline_for(parameters.sources)
-        return list(warnings_of(pipeline, self.preset.call, parameters, request.prompt))
+        return [
+            *warnings_of(pipeline, self.preset.call, parameters, request.prompt),
+            *spelling_warnings(self.embeddings, parameters),
+        ]
 
     def latent_positions(self, width: int, height: int) -> int:
         """Latent positions of an image of `width` x `height` pixels, before packing or patching."""

@@ -52,6 +52,7 @@ def load(
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
+    from stepweave.loading.embeddings import load_embeddings
     from stepweave.loading.optimizations import apply_optimizations, check_optimizations
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel
@@ -75,8 +76,9 @@ def load(
         pipeline, preset = loader.load_pipeline(settings, device, dtype, on_progress)
     else:
         pipeline, preset = load_pipeline(settings, device, dtype)
+    embeddings = load_embeddings(pipeline, settings.embeddings)
     apply_optimizations(pipeline, settings, device)
-    model = ServedModel(pipeline, preset, settings)
+    model = ServedModel(pipeline, preset, settings, embeddings)
     # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
         None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)

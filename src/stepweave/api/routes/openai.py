@@ -12,6 +12,7 @@ from stepweave.api.answer_schemas import (
     Model,
     ModelArgument,
     ModelDetails,
+    ModelEmbedding,
     ModelImage,
     ModelList,
 )
@@ -203,6 +204,10 @@ class OpenAIRoutes:
             arguments=_arguments(model),
             images=_images(model),
             prompt=model.fields.prompt,
+            embeddings=[
+                ModelEmbedding(token=embedding.token, vectors=embedding.vectors)
+                for embedding in model.embeddings
+            ],
             generations=model.kind == TEXT_TO_IMAGE,
             edits=model.edits,
             limits_of_edits={
