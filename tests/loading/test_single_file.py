@@ -177,6 +177,18 @@ def test_what_the_file_lacks_is_read_from_the_directory(
     assert "text_encoder/ has no weights: no *.safetensors file is there" in message
 
 
+def test_a_denoiser_by_diffusers_names_is_read_with_the_directory_of_its_pipeline(
+    saved: Callable[[str], Path],
+) -> None:
+    """As published for families whose names are the same, such as Qwen-Image."""
+    whole = saved(SD) / "model"
+    file = whole / "unet" / "diffusion_pytorch_model.safetensors"
+    pipeline = load(file, config_from=str(whole))
+    assert np.abs(images(pipeline) - images(load(whole))).max() < 1e-6
+    vae = whole / "vae" / "diffusion_pytorch_model.safetensors"
+    assert "is a VAE" in refused(vae, config_from=str(whole))
+
+
 def test_configurations_need_no_weights(saved: Callable[[str], Path], tmp_path: Path) -> None:
     place = saved(SD)
     configs = Path(shutil.copytree(place / "model", tmp_path / "configs"))
@@ -449,5 +461,6 @@ def test_the_prediction_of_the_scheduler_is_that_of_the_file(
     save_file({**tensors, **{name: torch.zeros(0) for name in marks}}, file)
     pipeline: Any = load(file, config_from=str(place / "model"))
     config = pipeline.scheduler.config
+    assert (config.timestep_spacing == "trailing") is ("ztsnr" in marks)
     assert (config.prediction_type, config.rescale_betas_zero_snr) == expected
     assert np.isfinite(images(pipeline, XL)).all()

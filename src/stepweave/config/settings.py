@@ -322,8 +322,8 @@ class Settings(BaseSettings):
         if self.model_directory() is None and self.model_file() is None:
             if Path(self.model).expanduser().is_file():
                 raise ValueError(
-                    f"{given} is a file, but not a .safetensors file, the only kind that is read: "
-                    "others can run code"
+                    f"{given} is a file, but not a .safetensors file, the only kind that is read "
+                    "(pickles, such as .ckpt, can run code)"
                 )
             if self.model.endswith(SAFETENSORS):
                 raise ValueError(f"{given} is not an existing file")

@@ -57,6 +57,11 @@ class Checkpoint:
         return None if family == V1 and not is_v1 else family
 
     @property
+    def is_component(self) -> bool:
+        """Whether its tensors have diffusers' names, as in the directory of a pipeline."""
+        return any(map(_ALONE.match, self.shapes))
+
+    @property
     def numbers(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
@@ -116,11 +121,4 @@ def _other(names: Iterable[str]) -> str | None:
         what = "a textual inversion"
     if what is None and all(map(_VAE.match, names)):
         what = "a VAE"
-    if what is not None:
-        return f"is {what}, not a checkpoint of a model"
-    if any(map(_ALONE.match, names)):
-        return (
-            "has the weights of one component, by diffusers' names; STEPWEAVE_MODEL must be the "
-            "directory of its pipeline"
-        )
-    return None
+    return None if what is None else f"is {what}, not a checkpoint of a model"

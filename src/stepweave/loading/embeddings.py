@@ -124,8 +124,8 @@ def _is_one(file: Path) -> bool:
         return False
     if file.suffix in (".pt", ".bin", ".ckpt", ".pth"):
         raise LoadError(
-            f"{file.name} is not a {SAFETENSORS} file, the only kind that is read: "
-            "others can run code"
+            f"{file.name} is not a {SAFETENSORS} file, the only kind that is read (pickles can run "
+            "code)"
         )
     return file.suffix == SAFETENSORS
 

@@ -40,8 +40,8 @@ from stepweave.loading.single_file import (
     held_components,
     index_of_configs,
     read_components,
+    set_prediction,
     sizes_in,
-    with_prediction,
 )
 from stepweave.loading.tokenizers import check_tokenizers
 from stepweave.loading.variants import choose_variant, files_read
@@ -159,7 +159,7 @@ def _read(
             )
         check_placed(pipeline.components)
         if checkpoint is not None:
-            pipeline.scheduler = with_prediction(pipeline.scheduler, checkpoint)
+            set_prediction(pipeline, checkpoint)
         began = time.monotonic()
         tokenizers = check_tokenizers(pipeline.components)
         seconds = time.monotonic() - began

@@ -4,6 +4,7 @@ configurations of a directory. Nothing is asked of the hub."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,13 @@ from stepweave.loading.files import find_damage
 from stepweave.loading.reading import check_tensors, listed
 from stepweave.reasons import reason_of
 
+logger = logging.getLogger(__name__)
+
 SETTING = "STEPWEAVE_CONFIG_FROM"
 CONFIGS = Path(__file__).parent / "configs"  # for FAMILIES, by diffusers' names of them
 _HUB_ID = "pretrained_model_name_or_path"
 _SAFETY = "safety_checker"
+_DENOISERS = ("unet", "transformer")
 _VAES = ("first_stage_model.", "vae.")
 _ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 _MODULES = (single_file_model, single_file_utils)  # those that call load_model_dict_into_meta
@@ -49,11 +53,17 @@ def config_folder(checkpoint: Checkpoint, config_from: str | None) -> Path:
     family = checkpoint.family
     if family in FAMILIES:
         return CONFIGS / str(family)
-    known = " and ".join(FAMILIES.values())
+    if checkpoint.is_component:
+        raise LoadError(
+            f"{checkpoint.path.name} has the weights of one component, by diffusers' names; serve "
+            f"the directory of its pipeline, or set {SETTING} to that"
+        )
     what, example = "is of no family that diffusers knows", ""
     if family is not None:
         what = f"is of family {family!r}"
-        example = f", such as {DIFFUSERS_DEFAULT_PIPELINE_PATHS[family][_HUB_ID]}"
+        hub_id = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(family, {}).get(_HUB_ID)
+        example = "" if hub_id is None else f", such as {hub_id}"
+    known = " and ".join(FAMILIES.values())
     raise LoadError(
         f"{checkpoint.path.name} {what}, and there are built-in configurations of {known} only; "
         f"set {SETTING} to the directory of a pipeline of this kind{example} (its files without "
@@ -92,7 +102,8 @@ def _is_held(component: Component, checkpoint: Checkpoint) -> bool:
     if component.is_a(ModelMixin):
         if _kind_of(component) == "vae":
             return checkpoint.has(*_VAES)
-        return hasattr(kind, "from_single_file")
+        # others, such as ControlNets, are not in a model's file
+        return component.name in _DENOISERS and hasattr(kind, "from_single_file")
     if component.weights is None:
         return False
     if component.is_a(T5EncoderModel):
@@ -203,19 +214,22 @@ def _checked(place: str) -> Iterator[None]:
             module.load_model_dict_into_meta = original
 
 
-def with_prediction(scheduler: Any, checkpoint: Checkpoint) -> Any:
-    """The scheduler, with velocity as the prediction if the file says so: by empty tensors of the
+def set_prediction(pipeline: Any, checkpoint: Checkpoint) -> None:
+    """Have the scheduler take predictions of velocity if the file says so: by empty tensors of the
     names `v_pred`, and `ztsnr` for a noise schedule that ends without signal (a convention of
     trainers and of ComfyUI)."""
     if "v_pred" not in checkpoint.shapes:
-        return scheduler
+        return
     changes: dict[str, Any] = {"prediction_type": "v_prediction"}
     if "ztsnr" in checkpoint.shapes:
         # the first step must be the last of training, whose signal is zero
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = pipeline.scheduler
     if unknown := [name for name in changes if name not in scheduler.config]:
         raise LoadError(
-            f"{checkpoint.path.name} has the tensors {listed(sorted(changes))}, but "
-            f"{type(scheduler).__name__} has no {listed(unknown)}"
+            f"{checkpoint.path.name} was trained to predict velocity (its tensors v_pred, ztsnr), "
+            f"but {type(scheduler).__name__} has no {listed(unknown)}"
         )
-    return type(scheduler).from_config(scheduler.config, **changes)
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **changes)
+    told = ", ".join(f"{name}={value}" for name, value in changes.items())
+    logger.info("%s: %s, as %s says", type(scheduler).__name__, told, checkpoint.path.name)
