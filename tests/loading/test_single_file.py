@@ -16,7 +16,13 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+    UNet2DConditionModel,
+)
+from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
@@ -24,9 +30,9 @@ from stepweave.config import Settings
 from stepweave.errors import ConfigError, LoadError
 from stepweave.loading.checkpoint import Checkpoint
 from stepweave.loading.clip_vocabulary import MERGES, clip_tokenizer, merges_of, vocabulary
-from stepweave.loading.components import components_of, read_index
+from stepweave.loading.components import Component, components_of, read_index
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.single_file import CONFIGS
+from stepweave.loading.single_file import CONFIGS, held_components, read_components
 from tests.support.in_process import InProcess
 from tests.support.original_layout import original, save_as_one_file
 from tests.support.tiny import FAMILIES, WIDTH, enliven
@@ -431,17 +437,98 @@ def test_built_in_configurations_make_a_pipeline_without_the_hub(
     assert no_network == []
 
 
+class WholeError(Exception):
+    """The tensors of a file were found to be all of a model, of the right shapes."""
+
+
+@pytest.fixture
+def only_checked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensors], None]:
+    """Has tensors instead of a file's, which are checked, and not read."""
+
+    def whole(*_: Any, **__: Any) -> None:
+        raise WholeError
+
+    def give(tensors: Tensors) -> None:
+        monkeypatch.setattr("stepweave.loading.single_file.load_file", lambda path: tensors)
+        for module in (single_file_model, single_file_utils):
+            # what is called once the tensors are found to be right
+            monkeypatch.setattr(module, "load_model_dict_into_meta", whole)
+
+    return give
+
+
 @pytest.mark.parametrize("family", ["v1", "xl_base"])
-def test_families_are_recognised_by_the_tensors_of_their_models(
-    family: str, tmp_path: Path
+def test_every_tensor_of_a_published_model_has_its_place(
+    family: str, tmp_path: Path, only_checked: Callable[[Tensors], None]
 ) -> None:
-    """All tensors of a published model by their original names, of one value each."""
-    models = empty_models(CONFIGS / family)
-    pipeline = type("Pipeline", (), models)
-    shapes = {name: tuple(tensor.shape) for name, tensor in original(pipeline).items()}
+    """All of its tensors by their original names, without memory."""
+    folder = CONFIGS / family
+    tensors = original(type("Pipeline", (), empty_models(folder)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     checkpoint = Checkpoint(tmp_path / "a.safetensors", shapes, {})
     assert checkpoint.family == family
     assert checkpoint.numbers == sum(PARAMETERS[family].values())
+    components = [part for part in components_of(read_index(folder)) if part.weights]
+    assert held_components(checkpoint, components, folder) == components
+    only_checked(tensors)
+    for component in components:
+        with pytest.raises(LoadError, match="WholeError"):
+            read_components(checkpoint, [component], folder, torch.float16, lambda name: None)
+
+
+def flux() -> Tensors:
+    """The tensors of FLUX.1-dev's transformer by their original names, without memory."""
+    wide, heads = 3072, 128
+    linear = {
+        "img_in": (wide, 64),
+        "txt_in": (wide, 4096),
+        "final_layer.linear": (64, wide),
+        "final_layer.adaLN_modulation.1": (2 * wide, wide),
+    }
+    for name, width in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        linear |= {f"{name}.in_layer": (wide, width), f"{name}.out_layer": (wide, wide)}
+    norms = []
+    for block in (f"double_blocks.{number}" for number in range(19)):
+        for kind in ("img", "txt"):
+            linear |= {
+                f"{block}.{kind}_mod.lin": (6 * wide, wide),
+                f"{block}.{kind}_attn.qkv": (3 * wide, wide),
+                f"{block}.{kind}_attn.proj": (wide, wide),
+                f"{block}.{kind}_mlp.0": (4 * wide, wide),
+                f"{block}.{kind}_mlp.2": (wide, 4 * wide),
+            }
+            norms.append(f"{block}.{kind}_attn.norm")
+    for block in (f"single_blocks.{number}" for number in range(38)):
+        linear |= {
+            f"{block}.linear1": (7 * wide, wide),
+            f"{block}.linear2": (wide, 5 * wide),
+            f"{block}.modulation.lin": (3 * wide, wide),
+        }
+        norms.append(f"{block}.norm")
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": one for name, one in linear.items()}
+    shapes |= {f"{name}.bias": one[:1] for name, one in linear.items()}
+    shapes |= {f"{name}.{part}_norm.scale": (heads,) for name in norms for part in ("query", "key")}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def test_every_tensor_of_flux_has_its_place(
+    tmp_path: Path, only_checked: Callable[[Tensors], None]
+) -> None:
+    tensors = flux()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    checkpoint = Checkpoint(tmp_path / "a.safetensors", shapes, {})
+    assert (checkpoint.family, checkpoint.numbers) == ("flux-dev", 11_901_408_320)
+    (tmp_path / "transformer").mkdir()
+    config = json.dumps({"_class_name": "FluxTransformer2DModel", "guidance_embeds": True})
+    (tmp_path / "transformer" / "config.json").write_text(config)
+    component = Component("transformer", FluxTransformer2DModel)
+    assert held_components(checkpoint, [component], tmp_path) == [component]
+    only_checked(tensors)
+    with pytest.raises(LoadError, match="WholeError"):
+        read_components(checkpoint, [component], tmp_path, torch.bfloat16, lambda name: None)
+    del tensors["single_blocks.7.linear2.bias"]
+    with pytest.raises(LoadError, match="transformer in a.safetensors"):
+        read_components(checkpoint, [component], tmp_path, torch.bfloat16, lambda name: None)
 
 
 @pytest.mark.parametrize(
