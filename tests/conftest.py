@@ -79,20 +79,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProcess]]:
-    """Makes apps around a fake pipeline, or the one given: `in_process(max_queue=2)`."""
+    """Makes apps around a fake pipeline, or the one given: `in_process(max_queue=2)`; with `loads`,
+    around the model of the settings."""
     for name in [name for name in os.environ if name.startswith("STEPWEAVE_")]:
         monkeypatch.delenv(name)
     with contextlib.ExitStack() as stack:
 
-        def make(pipeline: Any = None, *, ready: bool = True, **settings: Any) -> InProcess:
+        def make(
+            pipeline: Any = None, *, ready: bool = True, loads: bool = False, **settings: Any
+        ) -> InProcess:
             fake = FakePipeline()
-            if pipeline is not None and not isinstance(pipeline, FakePipeline):
+            if loads or pipeline is not None and not isinstance(pipeline, FakePipeline):
                 # a tiny model's start tries long images of many latents, and each scheduler at all
                 # the steps that there may be
                 settings = {"max_pixels": 128 * 128, "max_steps": 50, **settings}
             pipeline = pipeline or fake
             server = Server(
-                Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset())
+                Settings(**{"batching": "off", **settings}),
+                load=None if loads else lambda *_: (pipeline, Preset()),
             )
             stack.callback(server.close)
             stack.callback(fake.record.release.set)  # before close: nothing may wait for ever

@@ -21,9 +21,10 @@ def main() -> None:
     """Download the model. Raises SystemExit with a message (status 1) if that fails."""
     try:
         settings = Settings.load()
-        if settings.model_directory() is not None:
+        if settings.is_local():
             raise SystemExit(
-                f"stepweave: STEPWEAVE_MODEL={settings.model!r} is a directory: nothing to download"
+                f"stepweave: STEPWEAVE_MODEL={settings.model!r} is not a hub id: nothing to "
+                "download"
             )
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -10,15 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stepweave.cli import doctor
 from stepweave.cli.inspection import inspect_model
 from stepweave.cli.main import main
 from stepweave.config import EMBEDDED_MODEL
 from tests.support.environment import free_port
+from tests.support.original_layout import save_as_one_file
 from tests.support.served import Served
+from tests.support.tiny import FAMILIES
 
 
 def findings(*arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -131,8 +134,28 @@ def test_models_at_hand_are_listed_with_what_speaks_against_them(tmp_path: Path)
     assert [one["model"] for one in found] == ["shapes", str(folder), str(broken)]
     assert [one["problem"] is None for one in found] == [True, True, False]
     assert "tokenizer/" in found[2]["problem"]
-    result = CliRunner().invoke(main, ["models", str(folder / "vae")])
+    result = CliRunner().invoke(main, ["models", str(folder / "tokenizer")])
     assert result.exit_code == 1 and "has no pipeline" in result.output
+
+
+def test_a_model_in_a_single_file_is_looked_at(tmp_path: Path) -> None:
+    pipeline = FAMILIES["stable_diffusion"].build()
+    pipeline.save_pretrained(tmp_path / "configs")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    file = save_as_one_file(pipeline, folder / "one.safetensors")
+    status, found = findings(str(file))
+    assert status == 1 and "set STEPWEAVE_CONFIG_FROM" in found["model"]["message"]
+    status, found = findings(str(file), "--config-from", str(tmp_path / "configs"))
+    assert status == 0 and found["model"]["message"].startswith("one: StableDiffusionPipeline, ")
+    assert found["memory"]["state"] == "ok"
+    save_file({"clip_l": torch.zeros(1, 4)}, folder / "two.safetensors")
+    result = CliRunner().invoke(main, ["models", "--json", str(folder), str(file)])
+    assert result.exit_code == 0, result.output
+    entries = [json.loads(line) for line in result.stdout.splitlines()]
+    files = [str(file), str(folder / "two.safetensors"), str(file)]
+    assert [entry["model"] for entry in entries] == ["shapes", *files]
+    assert "is a textual inversion" in entries[2]["problem"]
 
 
 def test_models_of_a_server_are_listed(served: Served) -> None:

@@ -149,6 +149,13 @@ class ModelComponent(Resource):
     description: str
 
 
+class ModelEmbedding(Resource):
+    """A textual inversion."""
+
+    token: str = Field(description="What prompts use it by.")
+    vectors: int = Field(description="Tokens of the text encoder that it takes.")
+
+
 class ModelDetails(Limits):
     """What the model takes, and how it is run."""
 
@@ -176,6 +183,7 @@ class ModelDetails(Limits):
     images: list[ModelImage]
     components: list[ModelComponent]
     prompt: bool = Field(description="Whether it takes one.")
+    embeddings: list[ModelEmbedding] = Field(description="Textual inversions.")
     generations: bool = Field(description="Whether it makes images without being sent some.")
     edits: list[Literal["image_to_image", "inpainting"]]
     limits_of_edits: dict[str, Limits] = Field(

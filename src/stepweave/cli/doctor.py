@@ -175,22 +175,21 @@ def _device(settings: Settings) -> tuple[torch.device | None, Finding]:
 def _model(settings: Settings, device: torch.device | None) -> Iterator[Finding]:
     from huggingface_hub import try_to_load_from_cache
 
-    from stepweave.cli.inspection import inspect_model
+    from stepweave.cli.inspection import inspect_settings
     from stepweave.loading.components import INDEX
     from stepweave.loading.device import choose_dtype
 
-    folder = settings.model_directory()
-    if folder is None:
+    folder = None
+    if not settings.is_local():
         cached = try_to_load_from_cache(settings.model, INDEX, revision=settings.revision)
         if not isinstance(cached, str):
             text = f"{settings.model} is not in the hub's cache: it will be downloaded"
             yield Finding("model", "warning", text)
             return
         folder = Path(cached).parent
-    given = () if settings.preset is None else settings.preset.call
-    facts = inspect_model(folder, settings.variant, given)
+    facts = inspect_settings(settings, folder)
     if facts.problem is not None:
-        if settings.model_directory() is None and facts.incomplete:
+        if folder is not None and facts.incomplete:
             text = f"{settings.model} is not whole in the hub's cache: the rest will be downloaded"
             yield Finding("model", "warning", text)
         else:

@@ -29,7 +29,7 @@ class Entry:
 
 
 @click.command("models", short_help="List models at hand, and what keeps them from being served.")
-@click.argument("directories", nargs=-1, type=click.Path(exists=True, file_okay=False))
+@click.argument("directories", nargs=-1, type=click.Path(exists=True))
 @click.option("--url", help="List the models of a server instead.")
 @click.option("--api-key", envvar="STEPWEAVE_CLIENT_KEY", show_envvar=True, help="Its key.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each model.")
@@ -37,7 +37,7 @@ def command(
     directories: tuple[str, ...], url: str | None, api_key: str | None, as_json: bool
 ) -> None:
     """List the embedded model, pipelines in the hub's cache, and those in DIRECTORIES, with what
-    keeps them from being served."""
+    keeps them from being served. Models may also be single .safetensors files."""
     if url is not None:
         entries: Sequence[dict[str, Any]] = asyncio.run(_served(url, api_key))
         lines = [(model["id"], _about(model)) for model in entries]
@@ -58,11 +58,11 @@ def _found(directories: Sequence[str]) -> Iterator[Entry]:
     # takes seconds: not before the arguments are known to be right
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
-    from stepweave.cli.inspection import inspect_model, is_model
+    from stepweave.cli.inspection import inspect_file, inspect_model, is_model
     from stepweave.config import EMBEDDED_MODEL
 
     def entry(model: str, folder: Path, revision: str | None = None) -> Entry:
-        facts = inspect_model(folder)
+        facts = inspect_model(folder) if folder.is_dir() else inspect_file(folder)
         return Entry(model, revision, facts.pipeline, facts.bytes / GIB, facts.problem)
 
     yield entry("shapes", EMBEDDED_MODEL)
@@ -75,10 +75,14 @@ def _found(directories: Sequence[str]) -> Iterator[Entry]:
             if repository.repo_type == "model" and is_model(revision.snapshot_path):
                 yield entry(repository.repo_id, revision.snapshot_path, revision.commit_hash)
     for directory in map(Path, directories):
-        folders = [directory] if is_model(directory) else sorted(directory.iterdir())
+        alone = is_model(directory) or directory.is_file()
+        folders = [directory] if alone else sorted(directory.iterdir())
         models = [folder for folder in folders if is_model(folder)]
         if not models:
-            raise Failed(f"{directory} has no pipeline: no model_index.json, here or one deeper")
+            raise Failed(
+                f"{directory} has no pipeline: no model_index.json, here or one deeper, and no "
+                ".safetensors file"
+            )
         for folder in models:
             yield entry(str(folder), folder)
 

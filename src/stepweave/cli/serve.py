@@ -46,8 +46,9 @@ SECRETS = ("api_keys",)
 @click.option("--print-config", is_flag=True, help="Print all settings as YAML, and do not serve.")
 @setting_options(without=("model",), exit_on_failure=True)
 def command(print_config: bool, config: Path | None, **flags: Any) -> None:
-    """Serve MODEL: the directory of a diffusers pipeline, or a hub repository (owner/name) with its
-    commit as --revision. By default the embedded model, which draws shapes.
+    """Serve MODEL: the directory of a diffusers pipeline, a .safetensors file of a whole model, or
+    a hub repository (owner/name) with its commit as --revision. By default the embedded model,
+    which draws shapes.
 
     Behind it is `bentoml serve`; see its help for further options, such as TLS: bentoml serve
     stepweave.service:Stepweave --help.

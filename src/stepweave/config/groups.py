@@ -5,7 +5,16 @@ from __future__ import annotations
 from stepweave.config.settings import OPTIMIZATIONS
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "revision", "variant", "model_names", "preset", "components"),
+    "Model": (
+        "model",
+        "revision",
+        "variant",
+        "config_from",
+        "model_names",
+        "preset",
+        "components",
+        "embeddings",
+    ),
     "Device and weights": ("device", "dtype", *OPTIMIZATIONS, "cpu_threads"),
     "Batching": (
         "batching",

@@ -53,6 +53,7 @@ def _given(name: str, value: object) -> str:
     return "..." if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) else shown(value)
 
 
+SAFETENSORS = ".safetensors"
 EXAMPLES = {"base_url": "must be like https://images.example.com or http://10.0.0.1:3000/stepweave"}
 
 
@@ -79,7 +80,8 @@ class Settings(BaseSettings):
     model: str = Field(
         "shapes",
         min_length=1,
-        description="Directory or hub id of the pipeline; `shapes` is the embedded model.",
+        description="Directory or hub id of the pipeline, or a `.safetensors` file of a whole "
+        "model; `shapes` is the embedded model.",
     )
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
         None, description="Commit of the hub repository, 40 hex digits; needed with a hub id."
@@ -88,6 +90,13 @@ class Settings(BaseSettings):
         None,
         description="Variant of the weights, such as `fp16`. Unset: files without a variant; if "
         "there are none, the only complete variant.",
+    )
+    config_from: str | None = Field(
+        None,
+        min_length=1,
+        description="For a model that is a file: the directory of a diffusers pipeline, of which "
+        "the configurations, tokenizers and what the file lacks are read. Unset: built-in ones, "
+        "for Stable Diffusion 1.5 and XL.",
     )
     model_names: ModelNames = Field(
         (),
@@ -102,8 +111,14 @@ class Settings(BaseSettings):
     )
     components: ComponentsValue = Field(
         {},
-        description="ControlNets, adapters for images, an autoencoder beside the model: a JSON object "
-        "of directories, or hub ids with commits, by name; or the path of a file with one.",
+        description="ControlNets, adapters for images, an autoencoder beside the model: a JSON "
+        "object of directories, or hub ids with commits, by name; or the path of a file with one.",
+    )
+    embeddings: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory of textual inversions, `.safetensors` files; a prompt uses one by "
+        "its file's name without the ending.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
@@ -309,24 +324,62 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _model_can_be_found(self) -> Settings:
-        if self.model_directory() is None:
+        given = f"STEPWEAVE_MODEL={shown(self.model)}"
+        if self.model_directory() is None and self.model_file() is None:
+            if Path(self.model).expanduser().is_file():
+                raise ValueError(
+                    f"{given} is a file, but not a .safetensors file, the only kind that is read "
+                    "(pickles, such as .ckpt, can run code)"
+                )
+            if self.model.endswith(SAFETENSORS):
+                raise ValueError(f"{given} is not an existing file")
             if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.model):
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is neither an existing directory nor a "
-                    "hub id (owner/name)"
+                    f"{given} is neither an existing directory nor a hub id (owner/name), nor a "
+                    ".safetensors file"
                 )
             if self.revision is None:
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is not an existing directory; if it is a "
-                    "hub id, set STEPWEAVE_REVISION to its commit (40 hex digits; the newest is "
-                    f"printed by `git ls-remote https://huggingface.co/{self.model} HEAD`)"
+                    f"{given} is not an existing directory; if it is a hub id, set "
+                    "STEPWEAVE_REVISION to its commit (40 hex digits; the newest is printed by "
+                    f"`git ls-remote https://huggingface.co/{self.model} HEAD`)"
                 )
         elif self.revision is not None:
+            kind = "directory" if self.model_file() is None else "file"
             raise ValueError(
                 f"STEPWEAVE_REVISION={shown(self.revision)} is a commit of a hub repository, but "
-                f"STEPWEAVE_MODEL={shown(self.model)} is a directory; unset one of them"
+                f"{given} is a {kind}; unset one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_a_file_or_a_directory(self) -> Settings:
+        if self.model_file() is None:
+            if self.config_from is not None:
+                raise ValueError(
+                    f"STEPWEAVE_CONFIG_FROM={shown(self.config_from)} is for a model that is a "
+                    f".safetensors file, but STEPWEAVE_MODEL={shown(self.model)} has its own "
+                    "configurations; unset one of them"
+                )
+            return self
+        for name in ("variant", "quantization"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"STEPWEAVE_{name.upper()} is not for a model that is a file; unset it, or "
+                    "write the model as a directory with diffusers' `save_pretrained`"
+                )
+        if self.config_from is not None and not Path(self.config_from).expanduser().is_dir():
+            raise ValueError(
+                f"STEPWEAVE_CONFIG_FROM={shown(self.config_from)} is not an existing directory"
+            )
+        return self
+
+    @field_validator("embeddings")
+    @classmethod
+    def _is_a_directory(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).expanduser().is_dir():
+            raise PydanticCustomError("directory", "it is not an existing directory")
+        return value
 
     @model_validator(mode="after")
     def _preset_is_within_limits(self) -> Settings:
@@ -351,16 +404,34 @@ class Settings(BaseSettings):
         return preset if self.preset is None else self.preset.over(preset)
 
     def model_directory(self) -> Path | None:
-        """The model's local directory, or None for a hub id."""
+        """The model's local directory, or None for a hub id or a file."""
         if self.model == "shapes":
             return EMBEDDED_MODEL
         path = Path(self.model).expanduser()
         return path if path.is_dir() else None
 
+    def model_file(self) -> Path | None:
+        """The safetensors file of a model that is one file, else None."""
+        path = Path(self.model).expanduser()
+        named = self.model != "shapes" and path.suffix == SAFETENSORS
+        return path if named and path.is_file() else None
+
+    def is_local(self) -> bool:
+        """Whether the model is a directory or a file, and nothing is downloaded."""
+        return self.model_directory() is not None or self.model_file() is not None
+
     def model_name(self) -> str:
-        """The hub id, or the directory's name without its path, for answers."""
-        directory = self.model_directory()
-        return directory.resolve().name if directory else self.model
+        """For answers: the hub id, or the name of the directory or file without its path (and, of
+        a file, without its ending)."""
+        directory, file = self.model_directory(), self.model_file()
+        if directory is not None:
+            return directory.resolve().name
+        return self.model if file is None else file.stem
+
+    def local_folder(self) -> Path | None:
+        """The directory of the model's files, which messages do not show; None for a hub id."""
+        file = self.model_file()
+        return self.model_directory() if file is None else file.parent
 
     def optimizations(self) -> dict[str, Any]:
         """The settings passed to diffusers and torch, by name."""

@@ -1,10 +1,12 @@
-"""Loads any diffusers pipeline from a directory or the hub."""
+"""Loads any diffusers pipeline from a directory, a single file or the hub."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from stepweave.config import Settings
 from stepweave.config.preset import Preset, read_preset
 from stepweave.errors import LoadError
 from stepweave.loading.builtin import recognise
+from stepweave.loading.checkpoint import Checkpoint, read_checkpoint
 from stepweave.loading.components import (
     SAFELY,
+    Component,
     absent_components,
     components_of,
     pipeline_class,
@@ -31,6 +35,14 @@ from stepweave.loading.kinds import check_served
 from stepweave.loading.progress import Components, OnProgress
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
+from stepweave.loading.single_file import (
+    config_folder,
+    held_components,
+    index_of_configs,
+    read_components,
+    set_prediction,
+    sizes_in,
+)
 from stepweave.loading.tokenizers import check_tokenizers
 from stepweave.loading.variants import choose_variant, files_read
 from stepweave.reasons import reason_of
@@ -64,22 +76,14 @@ def load_pipeline(
     for handler in logging.getLogger("diffusers").handlers:
         handler.addFilter(_without_prompts)
     try:
-        if (folder := settings.model_directory()) is not None:
-            index = read_index(folder)
-            check_served(pipeline_class(index), given)
-            variant = choose_variant(index, files_of(folder), settings.variant)
-        else:
-            on_progress("downloading", 0.0, settings.model)
-            folder, variant = fetch(
-                settings.model, settings.revision, settings.variant, given, on_progress
-            )
-        if (recognised := recognise(folder, settings.model_name())) is not None:
+        place = _find(settings, given, on_progress)
+        if (recognised := recognise(place.folder, settings.model_name())) is not None:
             logger.info(
                 "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and stepweave.json override it",
                 recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
             preset = preset.over(recognised.preset)
-        pipeline = _read(settings, folder, variant, device, dtype, on_progress)
+        pipeline = _read(settings, place, device, dtype, on_progress)
     except LoadError as error:
         raise LoadError(
             f"the model {settings.model_name()!r} cannot be loaded: {error.message}"
@@ -88,29 +92,74 @@ def load_pipeline(
     return pipeline, preset
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is: a directory with its variant, and for a single file, what is read of it."""
+
+    folder: Path
+    index: dict[str, Any]
+    variant: str | None
+    checkpoint: Checkpoint | None = None
+    held: Sequence[Component] = ()
+
+
+def _find(settings: Settings, given: Collection[str], on_progress: OnProgress) -> _Place:
+    """Find and check the files of a model. Raises LoadError."""
+    folder, file, checkpoint = settings.model_directory(), settings.model_file(), None
+    if folder is None and file is None:
+        on_progress("downloading", 0.0, settings.model)
+        folder, variant = fetch(
+            settings.model, settings.revision, settings.variant, given, on_progress
+        )
+        return _Place(folder, read_index(folder), variant)
+    held: Sequence[Component] = ()
+    if file is not None:
+        checkpoint = read_checkpoint(file)
+        folder = config_folder(checkpoint, settings.config_from)
+    assert folder is not None
+    index = read_index(folder) if checkpoint is None else index_of_configs(folder)
+    check_served(pipeline_class(index), given)
+    files = files_of(folder)
+    if checkpoint is not None:
+        held = held_components(checkpoint, components_of(index), folder)
+    variant = choose_variant(index, files, settings.variant, [part.name for part in held])
+    return _Place(folder, index, variant, checkpoint, held)
+
+
 def _read(
     settings: Settings,
-    folder: Path,
-    variant: str | None,
+    place: _Place,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress,
 ) -> DiffusionPipeline:
-    """Read the pipeline of a directory. Raises LoadError unless all of it was read."""
-    index, sizes = read_index(folder), files_of(folder)
-    components = components_of(index)
+    """Read the pipeline of a directory or file. Raises LoadError unless all of it was read."""
+    folder, index, checkpoint = place.folder, place.index, place.checkpoint
+    sizes = files_of(folder)
+    held = {component.name for component in place.held}
+    components = [part for part in components_of(index) if part.name not in held]
     check_vocabularies(components, sizes)
     changes: dict[str, Any] = dict(absent_components(index))
     if settings.quantization is not None:
         changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
-    read = files_read(sizes, [component.name for component in components], variant)
-    reading = Reading(folder, components, Components(read, partial(on_progress, "loading")).begin)
+    read = files_read(sizes, [component.name for component in components], place.variant)
+    if checkpoint is not None:
+        read |= sizes_in(checkpoint, place.held)
+    progress = Components(read, partial(on_progress, "loading"))
+    reading = Reading(folder, components, progress.begin)
     try:
+        if checkpoint is not None:
+            made, reading.tensors = read_components(
+                checkpoint, place.held, folder, dtype, progress.begin
+            )
+            changes |= made
         with reading.watched():
             pipeline = DiffusionPipeline.from_pretrained(
-                str(folder), variant=variant, **changes, dtype=dtype, **SAFELY
+                str(folder), variant=place.variant, **changes, dtype=dtype, **SAFELY
             )
         check_placed(pipeline.components)
+        if checkpoint is not None:
+            set_prediction(pipeline, checkpoint)
         began = time.monotonic()
         tokenizers = check_tokenizers(pipeline.components)
         seconds = time.monotonic() - began

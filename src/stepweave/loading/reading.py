@@ -108,25 +108,29 @@ class Reading:
             kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = self._attribute(kind, load, path, *args, output_loading_info=True, **kwargs)
         count = len(model.state_dict())
-        _check(name, kind.__name__, count, info)
+        check_tensors(f"{name}/", kind.__name__, count, info)
         self.tensors[name] = self.tensors.get(name, 0) + count
         return model
 
 
-def _check(name: str, kind: str, count: int, info: dict[str, Any]) -> None:
-    """Raise LoadError for tensors that are missing in a model's files, or have another shape."""
+def check_tensors(place: str, kind: str, count: int, info: dict[str, Any]) -> None:
+    """Raise LoadError for tensors that are missing in a model's files, or have another shape.
+
+    `place` is named in messages, `count` the number of tensors of the class `kind`, and `info` as
+    `from_pretrained` returns it.
+    """
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         instead = f"; they have {listed(unknown)}, which it does not know" if unknown else ""
         raise LoadError(
-            f"{name}/: its weights lack {len(missing)} of the {count} tensors of {kind}: "
+            f"{place}: its weights lack {len(missing)} of the {count} tensors of {kind}: "
             f"{listed(missing)}{instead}"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         keys = [
             f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched
         ]
-        raise LoadError(f"{name}/: its weights are not those of its config.json: {listed(keys)}")
+        raise LoadError(f"{place}: its weights are not those of its config.json: {listed(keys)}")
 
 
 def check_placed(components: dict[str, Any]) -> None:

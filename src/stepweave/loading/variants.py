@@ -26,16 +26,23 @@ _ALL_WEIGHTS = (WEIGHTS, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".on
 Variants = dict[str | None, list[str]]
 
 
-def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | None) -> str | None:
+def choose_variant(
+    index: dict[str, Any],
+    files: Collection[str],
+    wanted: str | None,
+    held: Collection[str] = (),
+) -> str | None:
     """Choose the variant of a model to load; None for files without a variant.
 
-    `files` are the model's, relative to its directory; each component must have some. A component
-    without the variant is read from its files without one, as diffusers does. If none is `wanted`,
-    and some component has only variants, the only one that completes the model is chosen. Raises
-    LoadError naming the missing files, and the setting if it helps.
+    `files` are the model's, relative to its directory; each component must have some, except those
+    that a single file holds (`held`). A component without the variant is read from its files
+    without one, as diffusers does. If none is `wanted`, and some component has only variants, the
+    only one that completes the model is chosen. Raises LoadError naming the missing files, and the
+    setting if it helps.
     """
     components = components_of(index)
     check_folders(components, files)
+    components = [part for part in components if part.name not in held]
     found = {
         component.name: _variants(component, files) for component in components if component.weights
     }

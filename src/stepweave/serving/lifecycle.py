@@ -214,7 +214,7 @@ class Lifecycle:
             self._fail(error.message)
         except BaseException as error:
             logger.exception("stage %s of the start failed", self.status.stage)
-            reason = reason_of(error, self.settings.model_directory())
+            reason = reason_of(error, self.settings.local_folder())
             self._fail(f"{self.status.stage} failed: {reason}")
         else:
             self._serve(loaded)

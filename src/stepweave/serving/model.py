@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequestError, shown
 from stepweave.loading.beside import Added
 from stepweave.loading.control_pipelines import guides_of
+from stepweave.loading.embeddings import Embedding
 from stepweave.loading.kinds import check_served
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
@@ -82,7 +83,7 @@ from stepweave.serving.kinds import (
     with_,
 )
 from stepweave.serving.names import names_of
-from stepweave.serving.no_effect import warnings_of
+from stepweave.serving.no_effect import spelling_warnings, warnings_of
 from stepweave.serving.pipelines import Pipelines
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,10 @@ class ServedModel:
         preset: Preset,
         settings: Settings,
         added: Mapping[str, Added] = MappingProxyType({}),
+        embeddings: Sequence[Embedding] = (),
     ) -> None:
         self.pipeline = pipeline
+        self.embeddings = embeddings
         self.settings = settings
         self.preset = preset = settings.preset_over(preset)
         check_served(type(pipeline), preset.call)
@@ -550,9 +553,12 @@ class ServedModel:
         )
 
     def warnings_of(self, request: ImageRequest, parameters: Parameters) -> list[str]:
-        """Warnings about values of a request that have no effect."""
+        """Warnings about values of a request that have no effect, or not all of it."""
         pipeline = self._pipeline_of(parameters)
-        return list(warnings_of(pipeline, self.preset.call, parameters, request.prompt))
+        return [
+            *warnings_of(pipeline, self.preset.call, parameters, request.prompt),
+            *spelling_warnings(self.embeddings, parameters),
+        ]
 
     def latent_positions(self, width: int, height: int) -> int:
         """Latent positions of an image of `width` x `height` pixels, before packing or patching."""

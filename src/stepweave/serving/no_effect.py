@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stepweave.calls import described
 from stepweave.errors import shown
+from stepweave.loading.embeddings import Embedding
 from stepweave.parameters import Parameters
 from stepweave.serving.call import default_of
 
@@ -50,6 +51,19 @@ def warnings_of(
     if name == "true_cfg_scale" and asked is not None and not off:
         if parameters.negative_prompt is None and "negative_prompt" in call.takes:
             yield f"{name}: it has no effect without negative_prompt, which may be a space."
+
+
+def spelling_warnings(embeddings: Iterable[Embedding], parameters: Parameters) -> Iterator[str]:
+    """A warning for each textual inversion that a text names in other capital or small letters."""
+    texts = {"prompt": parameters.prompt, "negative_prompt": parameters.negative_prompt}
+    for name, text in {**texts, **parameters.arguments}.items():
+        for embedding in embeddings if isinstance(text, str) else ():
+            token = embedding.token
+            if token not in text and token.lower() in text.lower():
+                yield (
+                    f"{name}: the textual inversion {shown(token)} is not used, since the text "
+                    "has it in other capital or small letters."
+                )
 
 
 @functools.cache

@@ -53,6 +53,7 @@ def load(
     from stepweave.loading import loader
     from stepweave.loading.beside import load_beside
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
+    from stepweave.loading.embeddings import load_embeddings
     from stepweave.loading.optimizations import apply_optimizations, check_optimizations
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel
@@ -70,15 +71,16 @@ def load(
         text = f"{place}: {message}" if stage == "loading" else message
         enter(stage, low + share * (high - low), text)
 
-    if settings.model_directory() is not None:
+    if settings.is_local():
         enter("loading", SHARES["loading"][0], place)
     if load_pipeline is None:
         pipeline, preset = loader.load_pipeline(settings, device, dtype, on_progress)
     else:
         pipeline, preset = load_pipeline(settings, device, dtype)
+    embeddings = load_embeddings(pipeline, settings.embeddings)
     apply_optimizations(pipeline, settings, device)
     added = load_beside(settings, settings.preset_over(preset), pipeline, device, dtype)
-    model = ServedModel(pipeline, preset, settings, added)
+    model = ServedModel(pipeline, preset, settings, added, embeddings)
     # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
         None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)

@@ -13,6 +13,7 @@ from stepweave.api.answer_schemas import (
     ModelArgument,
     ModelComponent,
     ModelDetails,
+    ModelEmbedding,
     ModelImage,
     ModelList,
 )
@@ -207,6 +208,10 @@ class OpenAIRoutes:
             images=_images(model),
             components=_components(model),
             prompt=model.fields.prompt,
+            embeddings=[
+                ModelEmbedding(token=embedding.token, vectors=embedding.vectors)
+                for embedding in model.embeddings
+            ],
             generations=model.kind.task == TEXT_TO_IMAGE,
             edits=model.edits,
             limits_of_edits={
