@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepweave.calls.argument import Argument, descriptions_of, read_argument
+from stepweave.compat.modular import call_class
 from stepweave.images.outputs import IMAGES
 
 Kind = Literal["image", "video", "audio", "text", "3d", "other"]
@@ -131,8 +132,9 @@ class CallDescription:
 
 
 def described(pipeline: Any) -> CallDescription:
-    """The description of the call of a pipeline, or of its class."""
-    return _described(pipeline if isinstance(pipeline, type) else type(pipeline))
+    """The description of the call of a pipeline, or of its class; of a modular one's class, with
+    its default blocks."""
+    return _described(call_class(pipeline))
 
 
 @functools.cache
@@ -202,6 +204,8 @@ def _needed(
     name = pipeline.__name__
     needed += _NEEDED.get(name, ())
     named = any(base.__module__.startswith("diffusers.") for base in pipeline.__mro__)
+    if hasattr(pipeline, "declared_outputs"):  # a modular one's blocks declare what they need
+        named = False
     if named and (
         _NEEDS_IMAGES.search(name) or (_MAY_NEED_IMAGES.search(name) and not _optional(pipeline))
     ):
@@ -220,6 +224,8 @@ def _optional(pipeline: type[Any]) -> bool:
 @functools.cache
 def _members_of(pipeline: Any) -> tuple[str, ...]:
     """The members of a call's result, by its code or else its docstring; empty if unknown."""
+    if hasattr(pipeline, "declared_outputs"):
+        return tuple(pipeline.declared_outputs)
     call = inspect.unwrap(pipeline.__call__)
     try:
         code = re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(call))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from stepweave.config.preset import read_preset
 from stepweave.errors import LoadError, StepweaveError
-from stepweave.loading.components import INDEX, components_of, pipeline_class, read_index
+from stepweave.loading.components import components_of, has_index, pipeline_class, read_index
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.kinds import check_served
 from stepweave.loading.variants import WEIGHTS, choose_variant, files_read
@@ -64,4 +64,4 @@ def _numbers(file: Path) -> int:
 
 
 def is_model(folder: Path) -> bool:
-    return (folder / INDEX).is_file()
+    return has_index(folder)

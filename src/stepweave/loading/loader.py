@@ -26,13 +26,16 @@ from stepweave.loading.components import (
     read_index,
 )
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
-from stepweave.loading.hub import fetch
+from stepweave.loading.hub import fetch, fetch_parts
 from stepweave.loading.kinds import check_served
+from stepweave.loading.modular import ModularIndex
+from stepweave.loading.modular_reading import read_modular
+from stepweave.loading.places import in_place
 from stepweave.loading.progress import Components, OnProgress
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers
-from stepweave.loading.variants import choose_variant, files_read
+from stepweave.loading.variants import files_read
 from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress = lambda stage, done, message: None,
-) -> tuple[DiffusionPipeline, Preset]:
+) -> tuple[Any, Preset]:
     """Load the pipeline `settings.model` onto `device`, or with offload, onto the CPU. Returns it
     with the preset of its `stepweave.json` and of its built-in preset.
 
@@ -67,7 +70,7 @@ def load_pipeline(
         if (folder := settings.model_directory()) is not None:
             index = read_index(folder)
             check_served(pipeline_class(index), given)
-            variant = choose_variant(index, files_of(folder), settings.variant)
+            variant = fetch_parts(folder, index, settings.variant, on_progress)
         else:
             on_progress("downloading", 0.0, settings.model)
             folder, variant = fetch(
@@ -79,7 +82,9 @@ def load_pipeline(
                 recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
             preset = preset.over(recognised.preset)
-        pipeline = _read(settings, folder, variant, device, dtype, on_progress)
+        index = read_index(folder)
+        with in_place(folder, index) as whole:
+            pipeline = _read(settings, whole, index, variant, device, dtype, on_progress)
     except LoadError as error:
         raise LoadError(
             f"the model {settings.model_name()!r} cannot be loaded: {error.message}"
@@ -91,25 +96,34 @@ def load_pipeline(
 def _read(
     settings: Settings,
     folder: Path,
+    index: dict[str, Any],
     variant: str | None,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress,
-) -> DiffusionPipeline:
+) -> Any:
     """Read the pipeline of a directory. Raises LoadError unless all of it was read."""
-    index, sizes = read_index(folder), files_of(folder)
+    modular, sizes = isinstance(index, ModularIndex), files_of(folder)
+    if modular and settings.offload != "off":
+        raise LoadError(
+            f"STEPWEAVE_OFFLOAD={settings.offload!r}: diffusers cannot offload "
+            f"{index['_class_name']}, a modular pipeline, so; unset it"
+        )
     components = components_of(index)
     check_vocabularies(components, sizes)
-    changes: dict[str, Any] = dict(absent_components(index))
+    changes: dict[str, Any] = {} if modular else dict(absent_components(index))
     if settings.quantization is not None:
         changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
     read = files_read(sizes, [component.name for component in components], variant)
     reading = Reading(folder, components, Components(read, partial(on_progress, "loading")).begin)
     try:
         with reading.watched():
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(folder), variant=variant, **changes, dtype=dtype, **SAFELY
-            )
+            if isinstance(index, ModularIndex):
+                pipeline = read_modular(folder, index, components, variant, dtype, **changes)
+            else:
+                pipeline = DiffusionPipeline.from_pretrained(
+                    str(folder), variant=variant, **changes, dtype=dtype, **SAFELY
+                )
         check_placed(pipeline.components)
         began = time.monotonic()
         tokenizers = check_tokenizers(pipeline.components)
@@ -145,5 +159,7 @@ def _explained(error: Exception, folder: Path, component: str | None, device: to
 
 
 def _without_prompts(record: logging.LogRecord) -> bool:
-    """Drop diffusers' messages that quote truncated prompts; answers have warnings of them."""
-    return "input was truncated because" not in record.getMessage()
+    """Drop diffusers' messages that quote truncated prompts, of which answers have warnings, and
+    those of blocks that raise, whose errors their jobs have."""
+    message = record.getMessage()
+    return "input was truncated because" not in message and "Error in block: " not in message
