@@ -54,6 +54,7 @@ class Plain:
     def __init__(self, folder: Path, first: Case) -> None:
         """With a call by which to find out whether it takes a list of generators, or only one."""
         self._folder = folder
+        self.parameters: Mapping[str, inspect.Parameter] = {}
         self.takes_lists = True
         self.load()
         try:
@@ -73,7 +74,9 @@ class Plain:
             str(self._folder), use_safetensors=True, **absent
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        self.parameters: Mapping[str, inspect.Parameter] = inspect.signature(type(self.pipeline).__call__).parameters
+        self.parameters: Mapping[str, inspect.Parameter] = inspect.signature(
+            type(self.pipeline).__call__
+        ).parameters
 
     def _load_modular(self) -> None:
         self.pipeline = ModularPipeline.from_pretrained(str(self._folder))

@@ -177,8 +177,8 @@ def _model(settings: Settings, device: torch.device | None) -> Iterator[Finding]
 
     from stepweave.cli.inspection import inspect_model
     from stepweave.loading.components import INDEX
-    from stepweave.loading.modular import MODULAR_INDEX
     from stepweave.loading.device import choose_dtype
+    from stepweave.loading.modular import MODULAR_INDEX
 
     folder = settings.model_directory()
     if folder is None:

@@ -3,7 +3,8 @@
 A usual pipeline's call has its arguments in its signature. That of a modular pipeline takes any
 (`__call__(state, output, **kwargs)`); its blocks declare them, so they belong to one object.
 `call_class` makes a class of them whose call has that signature and returns images as usual
-pipelines do. Where a component guides, it also takes that guider's scale. All that reads signatures, results or code reads those of this class.
+pipelines do. Where a component guides, it also takes that guider's scale. All that reads
+signatures, results or code reads those of this class.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def is_modular(pipeline: Any) -> bool:
     )
 
 
-def call_class(pipeline: Any) -> type[Any]:
+def call_class(pipeline: Any) -> Any:
     """The class that describes the call of a pipeline, or of a class: itself, unless it is modular.
     Of a class, the one of its default blocks with all their components."""
-    kind: type[Any] = pipeline if isinstance(pipeline, type) else type(pipeline)
+    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
     if not is_modular(kind) or hasattr(kind, "declared_blocks"):
         return kind
     if isinstance(pipeline, type):
@@ -74,7 +75,7 @@ def with_declared_call(pipeline: Any) -> Any:
 
 
 @functools.cache
-def _of_class(kind: type[Any]) -> type[Any]:
+def _of_class(kind: Any) -> Any:
     blocks = getattr(sys.modules["diffusers"], kind.default_blocks_name or "", None)
     if blocks is None:
         return kind
@@ -108,9 +109,7 @@ def _declared_guidance(blocks: Any) -> float | None:
 def lacking(blocks: Any, present: Collection[str]) -> list[str]:
     """The components from files that are missing for the least of the blocks' workflows; none if
     one of these can run."""
-    return sorted(
-        min((_absent(flow, present) for flow in _workflows(blocks)), key=len, default=set())
-    )
+    return min((sorted(_absent(flow, present)) for flow in _workflows(blocks)), key=len)
 
 
 def _made(

@@ -108,7 +108,7 @@ def has_index(folder: Path) -> bool:
 
 
 def pipeline_class(index: dict[str, Any]) -> Any:
-    """The pipeline's class; of a modular one, that of its blocks. Raises LoadError if diffusers does
+    """The pipeline's class; of a modular one, that of its call. Raises LoadError if diffusers does
     not have it, or it needs packages that are not installed."""
     name, file = index.get("_class_name"), _file(index)
     if isinstance(name, (list, tuple)):
@@ -147,7 +147,7 @@ def components_of(index: dict[str, Any]) -> list[Component]:
         if absent := sorted(needed.difference(index, pipeline._optional_components)):
             raise LoadError(f"{file} lacks {', '.join(absent)}, which {pipeline.__name__} needs")
     return [
-        Component(name, _component_class(name, *entry, file))
+        Component(name, _component_class(name, entry[0], entry[1], file))
         for name, entry in index.items()
         if name in names and isinstance(entry, (list, tuple))
         if len(entry) == 2 and all(isinstance(item, str) for item in entry)

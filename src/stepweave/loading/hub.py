@@ -110,8 +110,8 @@ def _fetch_parts(
 ) -> str | None:
     """Download the components' files from their sources, except those of a directory, which has
     these `files`. Returns the variant of the weights."""
-    repositories = {source.place: source for source in sources.values() if source.repository}
-    listed = {place: _listed(*place) for place in repositories}
+    places = {source.place for source in sources.values() if source.repository is not None}
+    listed = {place: _listed(*place) for place in sorted(places, key=str)}
     known: dict[str, int] = {}
     for name, source in sources.items():
         there = files
@@ -122,6 +122,7 @@ def _fetch_parts(
     variant = choose_variant(index, known, wanted)
     needed = files_read(known, list(sources), variant)
     for place, entries in listed.items():
+        repository, revision = place
         paths = {
             path: needed[f"{name}/{file}"]
             for name, source in sources.items()
@@ -129,8 +130,7 @@ def _fetch_parts(
             if source.place == place and f"{name}/{file}" in needed
         }
         if paths:  # else they cannot be listed: the cache must do
-            repository, revision = place
-            with _told(str(repository), entries, paths, on_progress):
+            with _told(repository, entries, paths, on_progress):
                 snapshot_download(repository, revision=revision, allow_patterns=list(paths))
     return variant
 
@@ -145,7 +145,7 @@ def _index(repository: str, revision: str | None) -> Path:
         raise error from None
 
 
-def _listed(repository: str | None, revision: str | None) -> dict[str, RepoFile]:
+def _listed(repository: str, revision: str | None) -> dict[str, RepoFile]:
     """The files of a repository by name; none if the hub does not say."""
     try:
         listed = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
@@ -191,7 +191,7 @@ def _explained(error: BaseException, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"its repository has no commit STEPWEAVE_REVISION={revision!r}"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"its repository has no {INDEX} or {MODULAR_INDEX}: it is not that of a diffusers pipeline"
+        return f"its repository has no {INDEX}: it is not that of a diffusers pipeline"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return (
             "the hub cannot be reached, and its cache does not hold the model at "

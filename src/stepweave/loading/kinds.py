@@ -18,9 +18,9 @@ _SAID: dict[Kind, str] = {
 
 
 def check_served(pipeline: Any, given: Collection[str] = ()) -> None:
-    """Raise LoadError, naming the class and why, for a pipeline, or a class, that makes no images, or that needs
-    what requests cannot send, such as tensors. `given` are arguments that a preset gives to every
-    call."""
+    """Raise LoadError, naming the class and why, for a pipeline, or a class, that makes no images,
+    or that needs what requests cannot send, such as tensors. `given` are arguments that a preset
+    gives to every call."""
     call = described(pipeline)
     if call.kind != "image":
         raise LoadError(

@@ -35,8 +35,9 @@ class Source:
     revision: str | None = None
 
     @property
-    def place(self) -> tuple[str | None, str | None]:
-        return self.repository, self.revision
+    def place(self) -> tuple[str, str | None]:
+        """The repository, "" if it is the model's directory, and the commit."""
+        return self.repository or "", self.revision
 
     def files(self, known: Collection[str]) -> dict[str, str]:
         """Those of the `known` files that are in the folder: their names in it by full names."""
@@ -48,7 +49,7 @@ class Source:
         """The directory of the repository at the commit in the hub's cache. Raises errors of
         huggingface_hub if it is not there."""
         return Path(
-            snapshot_download(self.repository, revision=self.revision, local_files_only=True)
+            snapshot_download(str(self.repository), revision=self.revision, local_files_only=True)
         )
 
 
