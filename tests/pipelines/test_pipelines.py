@@ -191,7 +191,12 @@ def test_a_report_is_right_only_if_it_agrees_and_the_engine_had_no_error() -> No
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("stable_diffusion_text", marks=pytest.mark.full), "flux_true_cfg"]
+    "name",
+    [
+        pytest.param("stable_diffusion_text", marks=pytest.mark.full),
+        "flux_true_cfg",
+        "flux_modular",
+    ],
 )
 def test_some_agree_and_share_forwards(tmp_path: Path, name: str) -> None:
     (report,) = run([name], tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Plain:
                 item.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=item.default,
-                annotation=item.type_hint,
+                annotation=item.type_hint or _usual_type(item.name),
             )
             for item in self.pipeline.blocks.inputs
             if item.name is not None
@@ -143,6 +144,13 @@ class Plain:
                 value for name in RESULTS if (value := getattr(output, name, None)) is not None
             )
         return list(_arrays(found, signed="Normals" in kind))
+
+
+def _usual_type(name: str) -> Any:
+    """The type of a modular pipeline's input without one, as usual pipelines have it."""
+    if re.fullmatch(r"(negative_)?prompt(_\d)?", name):
+        return str
+    return {"sigmas": list[float], "clip_skip": int}.get(name)
 
 
 def _quiet(block: Any) -> None:

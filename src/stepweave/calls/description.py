@@ -69,6 +69,7 @@ class CallDescription:
     needs: tuple[str, ...] = ()
     output_type: str | None = None  # None: the call has no such argument
     one_generator: bool = False  # whether its annotation has no list of them
+    begins: bool = False  # whether it begins with its image where no mask is given
 
     @property
     def count(self) -> str | None:
@@ -95,7 +96,7 @@ class CallDescription:
         """The image argument that has the size of the result, since the call begins with it,
         repaints it, or takes the size from it; None if images are references of any size."""
         sized = {"width", "height"} <= self.takes
-        starts = "strength" in self.takes or (self.mask is not None and self.mask in self.needs)
+        starts = self.begins or (self.mask is not None and self.mask in self.needs)
         if sized and not starts:
             return None
         return "original_image" if "original_image" in self.images else self.image
@@ -178,6 +179,7 @@ def _described(pipeline: Any) -> CallDescription:
         one_generator="generator" in parameters
         and re.fullmatch(r".*\bGenerator\b.*", str(parameters["generator"].annotation)) is not None
         and "list" not in str(parameters["generator"].annotation).lower(),
+        begins=getattr(pipeline, "begins_with_image", "strength" in parameters),
     )
 
 

@@ -140,6 +140,7 @@ def _made(
         __call__=__call__,
         declared_blocks=tuple(type(block) for block in _all_blocks(blocks)),
         declared_outputs=tuple(output.name for output in blocks.outputs),
+        begins_with_image=any(_begins_with_image(flow) for flow in runnable),
     )
 
 
@@ -161,6 +162,12 @@ def _workflows(blocks: Any) -> list[Any]:
     if not getattr(blocks, "_workflow_map", None):
         return [blocks]
     return [blocks.get_workflow(name) for name in blocks.available_workflows]
+
+
+def _begins_with_image(flow: Any) -> bool:
+    """Whether a workflow begins with an image, and repaints all of it."""
+    names = {item.name for item in flow.inputs}
+    return {"image", "strength"} <= names and "mask_image" not in names
 
 
 def _absent(blocks: Any, present: Collection[str]) -> set[str]:

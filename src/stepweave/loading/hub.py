@@ -91,14 +91,7 @@ def fetch_parts(
     files = files_of(folder)
     if not isinstance(index, ModularIndex):
         return choose_variant(index, files, wanted)
-    sources = sources_of(index, files)
-    try:
-        return _fetch_parts(index, sources, files, wanted, on_progress)
-    except LoadError:
-        raise
-    except Exception as error:
-        names = ", ".join(name for name, source in sources.items() if source.repository)
-        raise LoadError(f"{names}: {_explained(error, None)}") from error
+    return _fetch_parts(index, sources_of(index, files), files, wanted, on_progress)
 
 
 def _fetch_parts(
@@ -110,14 +103,15 @@ def _fetch_parts(
 ) -> str | None:
     """Download the components' files from their sources, except those of a directory, which has
     these `files`. Returns the variant of the weights."""
-    places = {source.place for source in sources.values() if source.repository is not None}
-    listed = {place: _listed(*place) for place in sorted(places, key=str)}
+    places = {source.place: source for source in sources.values() if source.repository is not None}
+    listed = {place: _listed(*place) for place in places}
     known: dict[str, int] = {}
     for name, source in sources.items():
         there = files
         if source.repository is not None:
-            entries = listed[source.place]
-            there = {path: file.size for path, file in entries.items()} or files_of(source.cached())
+            there = {path: file.size for path, file in listed[source.place].items()}
+            if not there:
+                there = _cached(source)
         known |= {f"{name}/{file}": there[path] for path, file in source.files(there).items()}
     variant = choose_variant(index, known, wanted)
     needed = files_read(known, list(sources), variant)
@@ -130,9 +124,27 @@ def _fetch_parts(
             if source.place == place and f"{name}/{file}" in needed
         }
         if paths:  # else they cannot be listed: the cache must do
-            with _told(repository, entries, paths, on_progress):
+            with _told(repository, entries, paths, on_progress), _named(places[place]):
                 snapshot_download(repository, revision=revision, allow_patterns=list(paths))
     return variant
+
+
+def _cached(source: Source) -> dict[str, int]:
+    """The files of a component's repository in the cache. Raises LoadError if it is not there."""
+    if not source.cached().is_dir():
+        with _named(source):  # which says why it cannot be had
+            snapshot_download(str(source.repository), revision=source.revision, allow_patterns=[])
+    return files_of(source.cached())
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Turn errors of the hub into LoadError that names the repository and the commit."""
+    try:
+        yield
+    except Exception as error:
+        why = _explained(error, source.revision, "the revision ")
+        raise LoadError(f"{source.repository}, which holds components: {why}") from error
 
 
 def _index(repository: str, revision: str | None) -> Path:
@@ -183,18 +195,20 @@ def _contents(files: Mapping[str, RepoFile], sizes: Mapping[str, int]) -> dict[s
     return {file.lfs.sha256 if file.lfs else file.blob_id: size for file, size in listed}
 
 
-def _explained(error: BaseException, revision: str | None) -> str:
+def _explained(
+    error: BaseException, revision: str | None, name: str = "STEPWEAVE_REVISION="
+) -> str:
     if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError, too
         return "its repository is gated: accept its terms on the hub, and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such repository, or none that HF_TOKEN may read"
     if isinstance(error, RevisionNotFoundError):
-        return f"its repository has no commit STEPWEAVE_REVISION={revision!r}"
+        return f"its repository has no commit {name}{revision!r}"
     if isinstance(error, RemoteEntryNotFoundError):
         return f"its repository has no {INDEX}: it is not that of a diffusers pipeline"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return (
             "the hub cannot be reached, and its cache does not hold the model at "
-            "STEPWEAVE_REVISION: see HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME"
+            f"{name.rstrip(' =')}: see HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME"
         )
     return f"it cannot be downloaded from the hub: {reason_of(error)}"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import huggingface_hub.constants
+from huggingface_hub.file_download import repo_folder_name
 
 from stepweave.errors import LoadError, shown
 from stepweave.loading.files import files_of
@@ -46,11 +47,9 @@ class Source:
         return {name: file for name, file in names.items() if "/" not in file}
 
     def cached(self) -> Path:
-        """The directory of the repository at the commit in the hub's cache. Raises errors of
-        huggingface_hub if it is not there."""
-        return Path(
-            snapshot_download(str(self.repository), revision=self.revision, local_files_only=True)
-        )
+        """The directory of the repository at the commit in the hub's cache; it may not exist."""
+        name = repo_folder_name(repo_id=self.repository or "", repo_type="model")
+        return Path(huggingface_hub.constants.HF_HUB_CACHE, name, "snapshots", self.revision or "")
 
 
 def sources_of(
