@@ -66,11 +66,11 @@ def sources_of(
     for name, spec in index.specs.items():
         path, revision = spec["pretrained_model_name_or_path"], spec.get("revision")
         folder = spec.get("subfolder") or ""
+        if not isinstance(folder, str) or (folder and not _FOLDER.fullmatch(folder)):
+            raise LoadError(f"{MODULAR_INDEX}: {name}: subfolder is {shown(folder)}, not a name")
         if (folder or name) in folders:
             found[name] = Source(folder or name, None, own)
             continue
-        if not isinstance(folder, str) or (folder and not _FOLDER.fullmatch(folder)):
-            raise LoadError(f"{MODULAR_INDEX}: {name}: subfolder is {shown(folder)}, not a name")
         pinned = isinstance(revision, str) and _COMMIT.fullmatch(revision)
         if not (pinned and isinstance(path, str) and _REPOSITORY.fullmatch(path)):
             raise LoadError(
