@@ -15,6 +15,7 @@ from stepweave.errors import LoadError, StepweaveError
 from stepweave.loading.components import components_of, has_index, pipeline_class, read_index
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.kinds import check_served
+from stepweave.loading.places import in_place
 from stepweave.loading.variants import WEIGHTS, choose_variant, files_read
 
 
@@ -41,13 +42,15 @@ def inspect_model(folder: Path, wanted: str | None = None, given: Collection[str
         check_served(kind, {*given, *_arguments(folder)})
         components = components_of(index)
         incomplete = True
-        variant = choose_variant(index, list(files), wanted)
-        check_vocabularies(components, files)
-        incomplete = False
-        files = files_read(files, [part.name for part in components], variant)
-        if problem := find_damage(folder, None):
-            raise LoadError(problem)
-        numbers = sum(_numbers(folder / file) for file in files if file.endswith(WEIGHTS))
+        with in_place(folder, index) as whole:
+            files = files_of(whole)
+            variant = choose_variant(index, list(files), wanted)
+            check_vocabularies(components, files)
+            incomplete = False
+            files = files_read(files, [part.name for part in components], variant)
+            if problem := find_damage(whole, None):
+                raise LoadError(problem)
+            numbers = sum(_numbers(whole / file) for file in files if file.endswith(WEIGHTS))
     except StepweaveError as error:
         return Facts(name, sum(files.values()), numbers, error.message, incomplete)
     return Facts(name, sum(files.values()), numbers)
