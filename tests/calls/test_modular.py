@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stepweave.calls import described
-from stepweave.compat.modular import call_class, functions_of, with_declared_call
+from stepweave.compat.modular import call_class, functions_of, unpacker_of, with_declared_call
 from stepweave.planning.workload import arguments_of
 from tests.pipelines.modular import (
     flux_modular,
@@ -139,3 +139,16 @@ def test_the_example_of_an_edit_needs_its_image() -> None:
     parameters = inspect.signature(call_class(qwen_image_edit_modular()).__call__).parameters
     required = [name for name, one in parameters.items() if one.default is one.empty]
     assert required == ["self", "image", "prompt"]
+
+
+def test_packed_latents_are_unpacked_as_the_blocks_do() -> None:
+    packed = torch.arange(16 * 16.0).reshape(1, 16, 16)
+    sizes = {"height": 16, "width": 16, "vae_scale_factor": 2}
+    for pipeline, usual in (
+        (flux_modular(), diffusers.FluxPipeline),
+        (qwen_image_modular(), diffusers.QwenImagePipeline),
+    ):
+        unpack = unpacker_of(pipeline)
+        assert unpack is not None
+        assert torch.equal(unpack(packed, **sizes), usual._unpack_latents(packed, **sizes))
+    assert unpacker_of(stable_diffusion_xl_modular()) is None

@@ -17,13 +17,14 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stepweave.compat.subclasses import like
 
 GUIDER, GUIDANCE = "guider", "guidance_scale"  # a component of many, and its attribute
+UNPACK = "_unpack_latents"
 _BASE = "diffusers.modular_pipelines.modular_pipeline"  # not imported here: that takes seconds
 # types of inputs whose blocks declare none, as the usual pipelines of the families have them
 _TYPES: dict[str, Any] = {
@@ -235,6 +236,17 @@ def loops_of(pipeline: Any) -> Iterator[Any]:
         for block in _all_blocks(pipeline._blocks):
             if callable(getattr(block, "progress_bar", None)):
                 yield block
+
+
+def unpacker_of(pipeline: Any) -> Callable[..., Any] | None:
+    """The function with which a pipeline, or the blocks of a modular one, unpack latents; None if
+    there is none."""
+    function = getattr(pipeline, UNPACK, None)
+    if function is None and is_modular(pipeline):
+        function = getattr(getattr(pipeline, "pachifier", None), "unpack_latents", None)
+        named = (one for one in functions_of(call_class(pipeline)) if one.__name__ == UNPACK)
+        function = function or next(named, None)
+    return function
 
 
 def functions_of(kind: type[Any]) -> Iterator[types.FunctionType]:
