@@ -267,6 +267,17 @@ def test_classes_of_components_must_exist_and_be_named(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [["diffusers", "FluxPipeline"], ["diffusers", "AutoModel"], ["transformers", "AutoModel"]],
+)
+def test_components_that_may_read_other_weights_are_refused(folder: Path, kind: list[str]) -> None:
+    change_index(folder, from_repository("vae", "x", None, type_hint=kind))
+    (folder / "vae" / "model_index.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"vae is \[.*\], which is neither a model, a sched"):
+        load(folder)
+
+
 def test_missing_and_damaged_files_are_named(folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()

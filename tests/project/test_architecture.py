@@ -44,7 +44,7 @@ BUDGETS = {
     "download": 100,
     "images": 1_450,
     "calls": 750,
-    "loading": 3_150,
+    "loading": 3_200,
     "store": 850,
     "recovery": 100,
     "baselines": 300,
