@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.engine import Job, Latents
+from stepweave.compat.modular import with_declared_call
+from stepweave.engine import Job, Latents, Mode
 from stepweave.errors import RequestCancelledError
 from tests.pipelines.modular import flux_modular
 from tests.pipelines.registry import example_image
@@ -75,3 +76,21 @@ def test_texts_and_edits_run_in_one_engine_and_repeat() -> None:
         expected = plain(**call, **CALL, generator=generator)
         assert np.abs(np.asarray(result) - np.asarray(expected)).max() < 1e-5
     assert "progress_bar" not in vars(pipeline._blocks)
+
+
+@pytest.mark.parametrize("mode", ["off", "threads", "request"])
+def test_other_modes_run_them_too(mode: Mode) -> None:
+    """With the call that the server makes."""
+    arguments = {name: value for name, value in CALL.items() if name != "output"}
+    plain, pipeline = flux_modular(), with_declared_call(flux_modular())
+
+    def drawn(prompt: str) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(len(prompt))
+        return {"prompt": prompt, "num_inference_steps": 2, "generator": generator}
+
+    with StepEngine(pipeline, mode) as engine:
+        jobs = [engine.submit(**drawn(prompt), **arguments) for prompt in ("a", "bb", "ccc")]
+        results = [np.asarray(job.result(SECONDS).images) for job in jobs]
+    for prompt, result in zip(("a", "bb", "ccc"), results, strict=True):
+        expected = np.asarray(plain(**drawn(prompt), **CALL))
+        assert np.abs(result - expected).max() < 1e-5

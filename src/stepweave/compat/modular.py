@@ -50,7 +50,11 @@ class ModularOutput:
 
 def is_modular(pipeline: Any) -> bool:
     """Whether it is a modular pipeline of diffusers, or a class of them."""
-    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
+    return _is_modular(pipeline if isinstance(pipeline, type) else type(pipeline))
+
+
+@functools.lru_cache(1024)
+def _is_modular(kind: Any) -> bool:
     return any(
         base.__name__ == "ModularPipeline" and base.__module__ == _BASE for base in kind.__mro__
     )

@@ -48,6 +48,7 @@ def load(
 ) -> Loaded:
     """Load and warm up, calling `enter` at each stage. Raises LoadError, and torch's errors."""
     enter("importing", 0.05, "importing torch and diffusers")
+    from stepweave.compat.modular import is_modular, with_declared_call
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
@@ -75,6 +76,7 @@ def load(
         pipeline, preset = loader.load_pipeline(settings, device, dtype, on_progress)
     else:
         pipeline, preset = load_pipeline(settings, device, dtype)
+        pipeline = with_declared_call(pipeline) if is_modular(pipeline) else pipeline
     apply_optimizations(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
     # before the engine hooks the modules; previews would show what a safety checker removes
