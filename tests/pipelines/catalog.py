@@ -9,7 +9,7 @@ import pkgutil
 import warnings
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils.import_utils import DummyObject
 
 from tests import pipelines
@@ -45,6 +45,31 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "JoyImageEditPlusPipeline",
         "NucleusMoEImagePipeline",
         "QwenImage21Pipeline",
+        "Flux3DistilledModularPipeline",
+        "Flux3ModularPipeline",
+        "QwenImage21ModularPipeline",
+        "QwenImage21TurboModularPipeline",
+    ),
+    "modular, it makes videos or sound; no entry written": (
+        "Cosmos3DistilledModularPipeline",
+        "Cosmos3OmniModularPipeline",
+        "EchoModularPipeline",
+        "HeliosModularPipeline",
+        "HeliosPyramidDistilledModularPipeline",
+        "HeliosPyramidModularPipeline",
+        "HunyuanVideo15ModularPipeline",
+        "LTX25ModularPipeline",
+        "LTX2ModularPipeline",
+        "LTXModularPipeline",
+        "MiniMaxH3ModularPipeline",
+        "MiniMaxMusic3ModularPipeline",
+        "Wan22Image2VideoModularPipeline",
+        "Wan22ModularPipeline",
+        "Wan22VaceModularPipeline",
+        "WanAnimate2DistilledModularPipeline",
+        "WanAnimate2ModularPipeline",
+        "WanImage2VideoModularPipeline",
+        "WanModularPipeline",
     ),
     _OLD + "it needs BLIP-2's Q-Former": (
         "BlipDiffusionControlNetPipeline",
@@ -138,5 +163,6 @@ def _is_pipeline(name: str) -> bool:
     ):
         return False
     return isinstance(found, DummyObject) or (
-        issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline
+        issubclass(found, (DiffusionPipeline, ModularPipeline))
+        and found not in (DiffusionPipeline, ModularPipeline)
     )

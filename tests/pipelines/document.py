@@ -16,6 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # title -> modules of this package
     "Qwen-Image, Z-Image and HunyuanImage": ("transformers_qwen",),
     "PixArt, Sana, Lumina, CogView, AuraFlow, HunyuanDiT, DiT and aMUSEd": ("transformers",),
     "Further transformers for images": ("transformers_more",),
+    "Modular pipelines": ("modular",),
     "ControlNets, T2I-Adapters and IP-Adapters": ("adapters", "adapters_transformers"),
     "Variants of Stable Diffusion 1.5": ("unets_variants",),
     "Perturbed attention guidance": ("adapters_pag",),

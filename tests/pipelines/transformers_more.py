@@ -287,8 +287,7 @@ def glm_image() -> diffusers.GlmImagePipeline:
     )
 
 
-@entry(**SIZE, guidance_scale=5.0, **ALIKE)
-def ernie_image() -> diffusers.ErnieImagePipeline:
+def ernie_parts() -> dict[str, Any]:
     transformer = diffusers.ErnieImageTransformer2DModel(
         hidden_size=16,
         num_attention_heads=2,
@@ -300,9 +299,12 @@ def ernie_image() -> diffusers.ErnieImagePipeline:
         rope_axes_dim=(4, 2, 2),
     )
     text = language_model("Mistral", "Model")
-    return diffusers.ErnieImagePipeline(
-        transformer=transformer, scheduler=flow(), vae=flux2_autoencoder(), **text
-    )
+    return {"transformer": transformer, "scheduler": flow(), "vae": flux2_autoencoder(), **text}
+
+
+@entry(**SIZE, guidance_scale=5.0, **ALIKE)
+def ernie_image() -> diffusers.ErnieImagePipeline:
+    return diffusers.ErnieImagePipeline(**ernie_parts())
 
 
 # VisualCloze
@@ -339,9 +341,7 @@ def visual_cloze_generation() -> diffusers.VisualClozeGenerationPipeline:
 # Krea
 
 
-@entry(**TEXT, negative_prompt="black")
-def krea2() -> diffusers.Krea2Pipeline:
-    """A transformer of its own reads several layers of the language model."""
+def krea2_parts() -> dict[str, Any]:
     transformer = diffusers.Krea2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -362,8 +362,24 @@ def krea2() -> diffusers.Krea2Pipeline:
     parts = {
         name: part for name, part in qwen_image().components.items() if name in ("vae", "scheduler")
     }
+    return {
+        **parts,
+        "transformer": transformer,
+        "text_encoder": qwen3_vl(1000),
+        "tokenizer": qwen()["tokenizer"],
+    }
+
+
+@entry(**TEXT, negative_prompt="black")
+def krea2() -> diffusers.Krea2Pipeline:
+    """A transformer of its own reads several layers of the language model."""
+    return diffusers.Krea2Pipeline(**krea2_parts(), text_encoder_select_layers=(1, 2))
+
+
+def qwen3_vl(tokens: int) -> transformers.Qwen3VLModel:
+    """With so many tokens in its vocabulary."""
     config = transformers.Qwen3VLConfig(
-        text_config={**DECODER, "vocab_size": 1000, "rope_parameters": qwen_rope()},
+        text_config={**DECODER, "vocab_size": tokens, "rope_parameters": qwen_rope()},
         vision_config={
             "depth": 1,
             "hidden_size": 16,
@@ -372,13 +388,7 @@ def krea2() -> diffusers.Krea2Pipeline:
             "out_hidden_size": WIDTH,
         },
     )
-    return diffusers.Krea2Pipeline(
-        **parts,
-        transformer=transformer,
-        text_encoder=transformers.Qwen3VLModel(config),
-        tokenizer=qwen()["tokenizer"],
-        text_encoder_select_layers=(1, 2),
-    )
+    return transformers.Qwen3VLModel(config)
 
 
 def qwen_rope() -> dict[str, Any]:

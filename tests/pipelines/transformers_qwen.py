@@ -86,9 +86,7 @@ def layers(number: int) -> Any:
 LAYERED: dict[str, Any] = {**QWEN, "height": ABSENT, "width": ABSENT, "image": layers, "layers": 2}
 
 
-@entry(**LAYERED, prompt=lambda number: f"{number} rings")
-def qwen_image_layered() -> diffusers.QwenImageLayeredPipeline:
-    small_images()
+def layered_parts() -> dict[str, Any]:
     parts = {**qwen_image().components, **vision_language()}
     config = {**parts["transformer"].config}
     config |= {
@@ -105,7 +103,13 @@ def qwen_image_layered() -> diffusers.QwenImageLayeredPipeline:
         "latents_std": [1.0] * 8,
     }
     parts["vae"] = diffusers.AutoencoderKLQwenImage(**config | {"input_channels": 4})
-    return diffusers.QwenImageLayeredPipeline(**parts)
+    return parts
+
+
+@entry(**LAYERED, prompt=lambda number: f"{number} rings")
+def qwen_image_layered() -> diffusers.QwenImageLayeredPipeline:
+    small_images()
+    return diffusers.QwenImageLayeredPipeline(**layered_parts())
 
 
 # Z-Image

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from PIL import Image
 
 from tests.pipelines.registry import Entry
-from tests.served.saving import INDEX
+from tests.served.saving import INDEX, MODULAR_INDEX
 
 # members of a call's result that are images, in the order in which they are looked for
 RESULTS = ("images", "image", "rgb", "prediction")
@@ -40,7 +41,8 @@ class Case:
 def case(entry: Entry, number: int) -> Case:
     """An entry's call by its number. Its prompt is not empty: for a form, that is none."""
     arguments = entry.arguments(number)
-    arguments.pop("output_type", None)
+    for name in ("output", "output_type"):
+        arguments.pop(name, None)
     if arguments.get("prompt") == "":
         arguments["prompt"] = "a"
     seed = arguments.pop("generator").initial_seed()
@@ -53,6 +55,7 @@ class Plain:
     def __init__(self, folder: Path, first: Case) -> None:
         """With a call by which to find out whether it takes a list of generators, or only one."""
         self._folder = folder
+        self.parameters: Mapping[str, inspect.Parameter] = {}
         self.takes_lists = True
         self.load()
         try:
@@ -63,13 +66,34 @@ class Plain:
 
     def load(self) -> None:
         """Load it, also again: calls that raise may leave it changed."""
+        if (self._folder / MODULAR_INDEX).exists():
+            self._load_modular()
+            return
         index = json.loads((self._folder / INDEX).read_text())
         absent = {name: None for name, value in index.items() if value == [None, None]}
         self.pipeline: Any = DiffusionPipeline.from_pretrained(
             str(self._folder), use_safetensors=True, **absent
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        self.parameters = inspect.signature(type(self.pipeline).__call__).parameters
+        self.parameters: Mapping[str, inspect.Parameter] = inspect.signature(
+            type(self.pipeline).__call__
+        ).parameters
+
+    def _load_modular(self) -> None:
+        self.pipeline = ModularPipeline.from_pretrained(str(self._folder))
+        self.pipeline.load_components()
+        for block in self.pipeline._blocks.sub_blocks.values():
+            _quiet(block)
+        self.parameters = {
+            item.name: inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=item.default,
+                annotation=item.type_hint or _usual_type(item.name),
+            )
+            for item in self.pipeline.blocks.inputs
+            if item.name is not None
+        }
 
     @property
     def takes_count(self) -> str | None:
@@ -112,11 +136,29 @@ class Plain:
         arguments["generator"] = generators if self.takes_lists else generators[0]
         if kind in OUTPUT_TYPES:
             arguments["output_type"] = OUTPUT_TYPES[kind]
-        output = self.pipeline(**arguments)
-        found = next(
-            value for name in RESULTS if (value := getattr(output, name, None)) is not None
-        )
+        if isinstance(self.pipeline, ModularPipeline):
+            found = self.pipeline(output="images", **arguments)
+        else:
+            output = self.pipeline(**arguments)
+            found = next(
+                value for name in RESULTS if (value := getattr(output, name, None)) is not None
+            )
         return list(_arrays(found, signed="Normals" in kind))
+
+
+def _usual_type(name: str) -> Any:
+    """The type of a modular pipeline's input without one, as usual pipelines have it."""
+    if re.fullmatch(r"(negative_)?prompt(_\d)?", name):
+        return str
+    return {"sigmas": list[float], "clip_skip": int}.get(name)
+
+
+def _quiet(block: Any) -> None:
+    """Show no bars of a modular pipeline's block, or of those in it."""
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for inner in block.sub_blocks.values():
+        _quiet(inner)
 
 
 def _alike(image: np.ndarray, other: np.ndarray) -> bool:

@@ -36,7 +36,7 @@ FIXED = {
     "use_resolution_binning",
     "view_batch_size",
 }
-INDEX = "model_index.json"
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 
 
 def fixed(entry: Entry) -> dict[str, Any]:
@@ -57,8 +57,12 @@ def preset(entry: Entry) -> dict[str, Any]:
 def save(entry: Entry, folder: Path) -> None:
     """Build the pipeline of an entry and save it."""
     pipeline = entry.build()
-    pipeline.save_pretrained(folder)
-    _mend_index(pipeline, folder / INDEX)
+    if isinstance(pipeline, diffusers.ModularPipeline):
+        # a string, and what it will be in the next version of diffusers
+        pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
+    else:
+        pipeline.save_pretrained(folder)
+        _mend_index(pipeline, folder / INDEX)
     (folder / FILE_NAME).write_text(json.dumps(preset(entry)))
 
 

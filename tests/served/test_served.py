@@ -48,6 +48,8 @@ SOME = (
     "ddpm",  # neither prompt nor image
     "dit",  # class labels
     "unclip_text",  # arguments of steps with names of their own
+    "flux_modular",  # inputs that blocks declare
+    "stable_diffusion_xl_modular_inpaint",
 )
 
 

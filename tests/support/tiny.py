@@ -372,9 +372,11 @@ def clip(suffix: str = "", *, projection: bool = True) -> dict[str, Any]:
     return {f"text_encoder{suffix}": kind(config), f"tokenizer{suffix}": tokenizer}
 
 
-def t5(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.T5EncoderModel:
+def t5(
+    tokenizer: transformers.PreTrainedTokenizerBase, d_model: int = WIDTH
+) -> transformers.T5EncoderModel:
     config = transformers.T5Config(
-        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2
+        vocab_size=len(tokenizer), d_model=d_model, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2
     )
     return transformers.T5EncoderModel(config)
 

@@ -28,10 +28,10 @@ _UNIONS = (Union, types.UnionType)
 
 _IMAGE = re.compile(r"(?:^|_)images?$|^image_")
 _MASK = re.compile(r"(?:^|_)mask(?:_image)?$")
-# tensors; masks of tokens; what belongs to adapters, callbacks and modules
+# tensors; masks of tokens; what belongs to adapters, callbacks, modules and inner steps
 _NEVER = re.compile(
     r"^_|(?:^|_)(?:latents?|embeds|embeddings?|hidden_states|kwargs|callback|generator|device|video"
-    r"|frames|waveforms|seqlens|thw)(?:_|$)|attention_mask|embeds_mask|ip_adapter"
+    r"|frames|waveforms|seqlens|thw)(?:_|$)|attention_mask|embeds_mask|ip_adapter|^resized_"
 )
 # what the server sets itself, or what would change the kind of result
 _OURS = frozenset(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepweave.calls.argument import Argument, descriptions_of, read_argument
+from stepweave.compat.modular import call_class
 from stepweave.images.outputs import IMAGES
 
 Kind = Literal["image", "video", "audio", "text", "3d", "other"]
@@ -69,6 +70,7 @@ class CallDescription:
     needs: tuple[str, ...] = ()
     output_type: str | None = None  # None: the call has no such argument
     one_generator: bool = False  # whether its annotation has no list of them
+    begins: bool = False  # whether it begins with its image where no mask is given
 
     @property
     def count(self) -> str | None:
@@ -104,7 +106,7 @@ class CallDescription:
         """The image argument that has the size of the result, since the call begins with it,
         repaints it, or takes the size from it; None if images are references of any size."""
         sized = {"width", "height"} <= self.takes
-        starts = "strength" in self.takes or (self.mask is not None and self.mask in self.needs)
+        starts = self.begins or (self.mask is not None and self.mask in self.needs)
         if sized and not starts:
             return None
         return "original_image" if "original_image" in self.images else self.image
@@ -141,8 +143,9 @@ class CallDescription:
 
 
 def described(pipeline: Any) -> CallDescription:
-    """The description of the call of a pipeline, or of its class."""
-    return _described(pipeline if isinstance(pipeline, type) else type(pipeline))
+    """The description of the call of a pipeline, or of its class; of a modular one's class, with
+    its default blocks."""
+    return _described(call_class(pipeline))
 
 
 @functools.cache
@@ -186,6 +189,7 @@ def _described(pipeline: Any) -> CallDescription:
         one_generator="generator" in parameters
         and re.fullmatch(r".*\bGenerator\b.*", str(parameters["generator"].annotation)) is not None
         and "list" not in str(parameters["generator"].annotation).lower(),
+        begins=getattr(pipeline, "begins_with_image", "strength" in parameters),
     )
 
 
@@ -212,6 +216,8 @@ def _needed(
     name = pipeline.__name__
     needed += _NEEDED.get(name, ())
     named = any(base.__module__.startswith("diffusers.") for base in pipeline.__mro__)
+    if hasattr(pipeline, "declared_outputs"):  # a modular one's blocks declare what they need
+        named = False
     if named and (
         _NEEDS_IMAGES.search(name) or (_MAY_NEED_IMAGES.search(name) and not _optional(pipeline))
     ):
@@ -230,6 +236,8 @@ def _optional(pipeline: type[Any]) -> bool:
 @functools.cache
 def _members_of(pipeline: Any) -> tuple[str, ...]:
     """The members of a call's result, by its code or else its docstring; empty if unknown."""
+    if hasattr(pipeline, "declared_outputs"):
+        return tuple(pipeline.declared_outputs)
     call = inspect.unwrap(pipeline.__call__)
     try:
         code = re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(call))

@@ -178,11 +178,16 @@ def _model(settings: Settings, device: torch.device | None) -> Iterator[Finding]
     from stepweave.cli.inspection import inspect_settings
     from stepweave.loading.components import INDEX
     from stepweave.loading.device import choose_dtype
+    from stepweave.loading.modular import MODULAR_INDEX
 
     folder = None
     if not settings.is_local():
-        cached = try_to_load_from_cache(settings.model, INDEX, revision=settings.revision)
-        if not isinstance(cached, str):
+        found = (
+            try_to_load_from_cache(settings.model, name, revision=settings.revision)
+            for name in (INDEX, MODULAR_INDEX)
+        )
+        cached = next((path for path in found if isinstance(path, str)), None)
+        if cached is None:
             text = f"{settings.model} is not in the hub's cache: it will be downloaded"
             yield Finding("model", "warning", text)
             return

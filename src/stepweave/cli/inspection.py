@@ -15,9 +15,10 @@ from stepweave.config.preset import read_preset
 from stepweave.config.settings import SAFETENSORS
 from stepweave.errors import LoadError, StepweaveError
 from stepweave.loading.checkpoint import read_checkpoint
-from stepweave.loading.components import INDEX, components_of, pipeline_class, read_index
+from stepweave.loading.components import components_of, has_index, pipeline_class, read_index
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.kinds import check_served
+from stepweave.loading.places import in_place
 from stepweave.loading.single_file import config_folder, held_components, index_of_configs
 from stepweave.loading.variants import WEIGHTS, choose_variant, files_read
 
@@ -45,13 +46,15 @@ def inspect_model(folder: Path, wanted: str | None = None, given: Collection[str
         check_served(kind, {*given, *_arguments(folder)})
         components = components_of(index)
         incomplete = True
-        variant = choose_variant(index, list(files), wanted)
-        check_vocabularies(components, files)
-        incomplete = False
-        files = files_read(files, [part.name for part in components], variant)
-        if problem := find_damage(folder, None):
-            raise LoadError(problem)
-        numbers = sum(_numbers(folder / file) for file in files if file.endswith(WEIGHTS))
+        with in_place(folder, index) as whole:
+            files = files_of(whole)
+            variant = choose_variant(index, list(files), wanted)
+            check_vocabularies(components, files)
+            incomplete = False
+            files = files_read(files, [part.name for part in components], variant)
+            if problem := find_damage(whole, None):
+                raise LoadError(problem)
+            numbers = sum(_numbers(whole / file) for file in files if file.endswith(WEIGHTS))
     except StepweaveError as error:
         return Facts(name, sum(files.values()), numbers, error.message, incomplete)
     return Facts(name, sum(files.values()), numbers)
@@ -108,4 +111,4 @@ def _numbers(file: Path) -> int:
 
 def is_model(path: Path) -> bool:
     """Whether this is the directory of a pipeline, or a file that may be a model."""
-    return (path / INDEX).is_file() or (path.suffix == SAFETENSORS and path.is_file())
+    return has_index(path) or (path.suffix == SAFETENSORS and path.is_file())

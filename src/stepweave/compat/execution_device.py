@@ -10,17 +10,17 @@ import functools
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from stepweave.compat.subclasses import like
 
-_PLAIN = DiffusionPipeline._execution_device
+_PLAIN = (DiffusionPipeline._execution_device, ModularPipeline._execution_device)
 
 
 def without_hooks(pipeline: Any) -> None:
     """Tell a view that no module has a hook that offloads models, so that it need not look."""
     kind = type(pipeline)
-    if getattr(kind, "_execution_device", None) is _PLAIN:
+    if getattr(kind, "_execution_device", None) in _PLAIN:
         pipeline.__class__ = _unhooked(kind)  # type: ignore[arg-type]
 
 
@@ -29,4 +29,4 @@ def _unhooked(kind: type) -> type:
     def _execution_device(self: Any) -> torch.device:
         return self.device  # type: ignore[no-any-return]
 
-    return like(kind, _execution_device=property(_execution_device, doc=_PLAIN.__doc__))
+    return like(kind, _execution_device=property(_execution_device, doc=_PLAIN[0].__doc__))

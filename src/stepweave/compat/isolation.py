@@ -17,6 +17,7 @@ import torch
 import wrapt
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
 from transformers import PreTrainedTokenizerBase
 
 from stepweave.errors import StepweaveError
@@ -31,7 +32,8 @@ _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, range, enum.Enu
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 _OF_TORCH = (torch.nn.Module, torch.nn.Parameter, torch.device, torch.dtype, torch.Size)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition)
-_OTHERS = (FrozenDict, np.generic, np.dtype, logging.Logger, PreTrainedTokenizerBase)
+_DECLARED = (ComponentSpec, ConfigSpec)  # of modular pipelines, whose calls only read them
+_OTHERS = (*_DECLARED, FrozenDict, np.generic, np.dtype, logging.Logger, PreTrainedTokenizerBase)
 _SHARED = (*_CONSTANTS, *_CODE, *_OF_TORCH, *_LOCKS, *_OTHERS)
 
 

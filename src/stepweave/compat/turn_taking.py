@@ -15,10 +15,11 @@ from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 
 from stepweave.compat.attention_processors import set_processor
+from stepweave.compat.modular import call_class, functions_of
 
 ENGINE_HOOK = "stepweave"  # name of a StepEngine's hook, which keeps no state
 _SWAPS = r"set_attn_processor\(|\.processor = "
-_CASTS = r"if self\.vae\.config\.force_upcast"
+_CASTS = r"if (?:self|components)\.vae\.config\.force_upcast"
 _HALVES = (torch.float16, torch.bfloat16)
 _HOLDERS = re.compile(r"Multi(ControlNet(Union)?Model|Adapter)$")
 _SWITCHES = r"enable_fuser\(|register_forward_hook\("
@@ -118,20 +119,18 @@ def _hooks(module: torch.nn.Module) -> Sequence[str]:
 
 
 @functools.cache
-def _writes_to_modules(kind: type, pattern: str) -> bool:
-    """Whether the source code of a pipeline's class matches a pattern of changes to modules.
+def code_matches(kind: type, pattern: str) -> bool:
+    """Whether the source code of a pipeline's class, or of a modular one's blocks, matches a
+    pattern.
 
     In diffusers 0.42, `_SWAPS` and `_SWITCHES` match PAG, SAG, Attend-and-Excite, GLIGEN and
     Text-to-Video-Zero.
     """
-    for cls in kind.__mro__:
-        if issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline:
-            # by function: inspect parses a whole class, which is not thread-safe in Python 3.11
-            # (gh-106905)
-            for function in filter(inspect.isfunction, vars(cls).values()):
-                with contextlib.suppress(OSError, TypeError):  # there is no source file
-                    if re.search(pattern, inspect.getsource(function)):
-                        return True
+    # by function: inspect parses a whole class, which is not thread-safe in Python 3.11 (gh-106905)
+    for function in functions_of(kind):
+        with contextlib.suppress(OSError, TypeError):  # there is no source file
+            if re.search(pattern, inspect.getsource(function)):
+                return True
     return False
 
 
@@ -144,7 +143,7 @@ def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bo
     """Whether a call changes shared modules: it swaps attention processors (not counted with
     `apart`), casts an autoencoder and casts it back (counted with `casts`), or hooks modules."""
     pattern = _SWITCHES if apart else f"{_SWAPS}|{_SWITCHES}"
-    if not apart and swaps_processors(pipeline) or _writes_to_modules(type(pipeline), pattern):  # type: ignore[arg-type]
+    if not apart and swaps_processors(pipeline) or code_matches(call_class(pipeline), pattern):
         return True
     for component in pipeline.components.values():
         prepare = getattr(type(component), "prepare_models", None)
@@ -152,7 +151,7 @@ def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bo
             return True
     return casts and any(
         upcasts(module)
-        and (module.dtype == torch.float16 or _writes_to_modules(type(pipeline), _CASTS))  # type: ignore[arg-type]
+        and (module.dtype == torch.float16 or code_matches(call_class(pipeline), _CASTS))
         for _, module in modules_in(pipeline)
     )
 

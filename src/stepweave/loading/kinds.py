@@ -17,10 +17,10 @@ _SAID: dict[Kind, str] = {
 }
 
 
-def check_served(pipeline: type[Any], given: Collection[str] = ()) -> None:
-    """Raise LoadError, naming the class and why, for a pipeline that makes no images, or that needs
-    what requests cannot send, such as tensors. `given` are arguments that a preset gives to every
-    call."""
+def check_served(pipeline: Any, given: Collection[str] = ()) -> None:
+    """Raise LoadError, naming the class and why, for a pipeline, or a class, that makes no images,
+    or that needs what requests cannot send, such as tensors. `given` are arguments that a preset
+    gives to every call."""
     call = described(pipeline)
     if call.kind != "image":
         raise LoadError(

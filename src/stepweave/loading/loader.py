@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ from stepweave.loading.components import (
     read_index,
 )
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
-from stepweave.loading.hub import fetch
+from stepweave.loading.hub import fetch, fetch_parts
 from stepweave.loading.kinds import check_served
+from stepweave.loading.modular import ModularIndex
+from stepweave.loading.modular_reading import read_modular
+from stepweave.loading.places import in_place
 from stepweave.loading.progress import Components, OnProgress
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
@@ -57,7 +60,7 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress = lambda stage, done, message: None,
-) -> tuple[DiffusionPipeline, Preset]:
+) -> tuple[Any, Preset]:
     """Load the pipeline `settings.model` onto `device`, or with offload, onto the CPU. Returns it
     with the preset of its `stepweave.json` and of its built-in preset.
 
@@ -83,7 +86,9 @@ def load_pipeline(
                 recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
             preset = preset.over(recognised.preset)
-        pipeline = _read(settings, place, device, dtype, on_progress)
+        with in_place(place.folder, place.index) as folder:
+            whole = replace(place, folder=folder)
+            pipeline = _read(settings, whole, device, dtype, on_progress)
     except LoadError as error:
         raise LoadError(
             f"the model {settings.model_name()!r} cannot be loaded: {error.message}"
@@ -112,17 +117,19 @@ def _find(settings: Settings, given: Collection[str], on_progress: OnProgress) -
             settings.model, settings.revision, settings.variant, given, on_progress
         )
         return _Place(folder, read_index(folder), variant)
-    held: Sequence[Component] = ()
     if file is not None:
         checkpoint = read_checkpoint(file)
         folder = config_folder(checkpoint, settings.config_from)
     assert folder is not None
-    index = read_index(folder) if checkpoint is None else index_of_configs(folder)
+    if checkpoint is None:
+        index = read_index(folder)
+        check_served(pipeline_class(index), given)
+        return _Place(folder, index, fetch_parts(folder, index, settings.variant, on_progress))
+    index = index_of_configs(folder)
     check_served(pipeline_class(index), given)
-    files = files_of(folder)
-    if checkpoint is not None:
-        held = held_components(checkpoint, components_of(index), folder)
-    variant = choose_variant(index, files, settings.variant, [part.name for part in held])
+    held = held_components(checkpoint, components_of(index), folder)
+    names = [part.name for part in held]
+    variant = choose_variant(index, files_of(folder), settings.variant, names)
     return _Place(folder, index, variant, checkpoint, held)
 
 
@@ -132,14 +139,19 @@ def _read(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress,
-) -> DiffusionPipeline:
+) -> Any:
     """Read the pipeline of a directory or file. Raises LoadError unless all of it was read."""
     folder, index, checkpoint = place.folder, place.index, place.checkpoint
-    sizes = files_of(folder)
+    modular, sizes = isinstance(index, ModularIndex), files_of(folder)
+    if modular and settings.offload != "off":
+        raise LoadError(
+            f"STEPWEAVE_OFFLOAD={settings.offload!r}: diffusers cannot offload "
+            f"{index['_class_name']}, a modular pipeline, so; unset it"
+        )
     held = {component.name for component in place.held}
     components = [part for part in components_of(index) if part.name not in held]
     check_vocabularies(components, sizes)
-    changes: dict[str, Any] = dict(absent_components(index))
+    changes: dict[str, Any] = {} if modular else dict(absent_components(index))
     if settings.quantization is not None:
         changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
     read = files_read(sizes, [component.name for component in components], place.variant)
@@ -154,9 +166,12 @@ def _read(
             )
             changes |= made
         with reading.watched():
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(folder), variant=place.variant, **changes, dtype=dtype, **SAFELY
-            )
+            if isinstance(index, ModularIndex):
+                pipeline = read_modular(folder, index, components, place.variant, dtype, **changes)
+            else:
+                pipeline = DiffusionPipeline.from_pretrained(
+                    str(folder), variant=place.variant, **changes, dtype=dtype, **SAFELY
+                )
         check_placed(pipeline.components)
         if checkpoint is not None:
             set_prediction(pipeline, checkpoint)
@@ -194,5 +209,7 @@ def _explained(error: Exception, folder: Path, component: str | None, device: to
 
 
 def _without_prompts(record: logging.LogRecord) -> bool:
-    """Drop diffusers' messages that quote truncated prompts; answers have warnings of them."""
-    return "input was truncated because" not in record.getMessage()
+    """Drop diffusers' messages that quote truncated prompts, of which answers have warnings, and
+    those of blocks that raise, whose errors their jobs have."""
+    message = record.getMessage()
+    return "input was truncated because" not in message and "Error in block: " not in message

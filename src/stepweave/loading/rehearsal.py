@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from stepweave.compat.async_scheduler import clone_scheduler
+from stepweave.compat.modular import call_class, functions_of, is_modular
 from stepweave.previews.latents import noise_level, prediction_of
 
 SHAPE = (1, 4, 8, 8)  # of the latents; schedulers treat each number separately
@@ -59,7 +59,7 @@ def problem_of(scheduler: Any, pipeline: Any, course: Course) -> str | None:
     Timesteps are set as the pipeline's code does; for an edit, from the one that its
     `get_timesteps` gives. Draws from torch's global generator only if such calls do.
     """
-    code = code_of(type(pipeline))  # type: ignore[arg-type]
+    code = code_of(call_class(pipeline))
     for name in _OPTIONAL:
         if f"scheduler.{name}" in code and not hasattr(scheduler, name):
             return f"it has no {name}"
@@ -201,7 +201,7 @@ def _timestep_arguments(scheduler: Any, pipeline: Any, code: str, course: Course
 
 def takes_shift(pipeline: Any) -> bool:
     """Whether the timesteps of a pipeline's calls depend on the size of the image."""
-    return re.search(r"\bmu=mu\b|\"mu\"", code_of(type(pipeline))) is not None  # type: ignore[arg-type]
+    return re.search(r"\bmu=mu\b|\"mu\"", code_of(call_class(pipeline))) is not None
 
 
 def _shift(scheduler: Any, pipeline: Any, course: Course) -> float:
@@ -227,13 +227,14 @@ def _dtype(pipeline: Any) -> torch.dtype:
 
 @functools.cache
 def code_of(kind: type[Any]) -> str:
-    """The source code of a pipeline's methods that use its scheduler."""
-    lines = []
-    for cls in kind.__mro__:
-        if issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline:
-            for function in filter(inspect.isfunction, vars(cls).values()):
-                if "scheduler" not in inspect.unwrap(function).__code__.co_names:
-                    continue
-                with contextlib.suppress(OSError, TypeError):
-                    lines.append(re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(function)))
+    """The source code of a pipeline's methods, or of a modular one's blocks, that use its
+    scheduler."""
+    modular, lines = is_modular(kind), []
+    for function in functions_of(kind):
+        code = inspect.unwrap(function).__code__
+        # functions of blocks get the scheduler as an argument, too
+        names = code.co_names + code.co_varnames if modular else code.co_names
+        if "scheduler" in names:
+            with contextlib.suppress(OSError, TypeError):
+                lines.append(re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(function)))
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from stepweave.compat.modular import call_class, is_modular
+from stepweave.compat.turn_taking import code_matches
 from stepweave.errors import InvalidRequestError, shown
 
 # limit of a side if the model has none, in sides of the largest square
@@ -136,9 +138,16 @@ def size_multiple(pipeline: Any) -> int:
     """The number of which both sides must be multiples: the VAE's scale times the denoiser's patch
     (packed latents included)."""
     patch = _patch_size(pipeline)
-    if patch == 1 and hasattr(pipeline, "_pack_latents"):
+    if patch == 1 and (hasattr(pipeline, "_pack_latents") or _packs(pipeline)):
         patch = 2
     return _vae_scale(pipeline) * patch
+
+
+def _packs(pipeline: Any) -> bool:
+    """Whether the blocks of a modular pipeline pack 2x2 latent pixels into one."""
+    return is_modular(pipeline) and code_matches(
+        call_class(pipeline), r"_pack_latents\(|pachifier\.pack_latents\("
+    )
 
 
 def latent_positions(pipeline: Any, width: int, height: int) -> int:

@@ -81,6 +81,13 @@ def files_read(
     }
 
 
+def has_variant(component: Component, files: Collection[str], variant: str | None) -> bool:
+    """Whether a component has weights of a variant; others are read from files without one."""
+    if variant is None or component.weights is None:
+        return False
+    return variant in _variants(component, files)
+
+
 def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> str:
     """The variant of the setting. Raises LoadError unless it exists and is complete."""
     there = sorted(

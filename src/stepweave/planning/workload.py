@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from stepweave.compat.modular import call_class
 from stepweave.planning.profiles import Shape
 
 # integer arguments that are a number of repetitions; `skip_guidance_layers` has indices
@@ -21,7 +22,7 @@ _TIMES = re.compile(
 
 def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of the pipeline's call, in order."""
-    return arguments_of_call(type(pipeline).__call__)
+    return arguments_of_call(call_class(pipeline).__call__)
 
 
 @functools.lru_cache(maxsize=64)

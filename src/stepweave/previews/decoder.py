@@ -23,6 +23,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from stepweave.compat.modular import unpacker_of
+
 if TYPE_CHECKING:
     from stepweave.previews.latents import Latents
 
@@ -247,11 +249,11 @@ def synthetic_images(count: int, side: int) -> torch.Tensor:
 def _unpacker(pipeline: Any) -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:
     """The pipeline's function that unpacks latents to (rows, channels, [1,] height, width); None if
     there is none, or it has other parameters."""
-    function = getattr(pipeline, "_unpack_latents", None)
+    function = unpacker_of(pipeline)
     if function is None:
         return None
     names = list(inspect.signature(function).parameters)
-    constants = {"vae_scale_factor": getattr(pipeline, "vae_scale_factor", None)}
+    constants = {name: getattr(pipeline, name, None) for name in ("vae_scale_factor", "patch_size")}
     if not set(names) <= {"latents", "height", "width", *constants}:
         return None
 

@@ -114,7 +114,7 @@ class ServedModel:
         self.embeddings = embeddings
         self.settings = settings
         self.preset = preset = settings.preset_over(preset)
-        check_served(type(pipeline), preset.call)
+        check_served(pipeline, preset.call)
         self.arguments = arguments_of(pipeline)
         self.names = names_of(settings, preset)
         self.id = self.names.told

@@ -48,6 +48,7 @@ def load(
 ) -> Loaded:
     """Load and warm up, calling `enter` at each stage. Raises LoadError, and torch's errors."""
     enter("importing", 0.05, "importing torch and diffusers")
+    from stepweave.compat.modular import is_modular, with_declared_call
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
@@ -77,6 +78,7 @@ def load(
         pipeline, preset = loader.load_pipeline(settings, device, dtype, on_progress)
     else:
         pipeline, preset = load_pipeline(settings, device, dtype)
+        pipeline = with_declared_call(pipeline) if is_modular(pipeline) else pipeline
     embeddings = load_embeddings(pipeline, settings.embeddings)
     apply_optimizations(pipeline, settings, device)
     added = load_beside(settings, settings.preset_over(preset), pipeline, device, dtype)

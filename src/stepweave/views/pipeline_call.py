@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from stepweave.compat.cpu_offload import pipelines_in
+from stepweave.compat.modular import loops_of
 from stepweave.compat.proxy import Proxy
 from stepweave.outcome import Outcome
 from stepweave.previews.latents import Progressing, Tap
@@ -89,11 +90,11 @@ def track(view: Any, job: Progressing) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if tap is not None:
             stack.callback(tap.end)
-        for pipeline in pipelines_in(view):
-            make = getattr(pipeline, "progress_bar", None)
+        for owner in [one for part in pipelines_in(view) for one in (part, *loops_of(part))]:
+            make = getattr(owner, "progress_bar", None)
             if make is not None:
                 bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), receiver)  # noqa: E731
-                stack.callback(replaced(pipeline, "progress_bar", bar))
-                shown = {"disable": True, **getattr(pipeline, "_progress_bar_config", {})}
-                stack.callback(replaced(pipeline, "_progress_bar_config", shown))
+                stack.callback(replaced(owner, "progress_bar", bar))
+                shown = {"disable": True, **getattr(owner, "_progress_bar_config", {})}
+                stack.callback(replaced(owner, "_progress_bar_config", shown))
         yield
