@@ -280,7 +280,8 @@ def ip_adapter(network: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 def with_image(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
     """The pipeline with an IP-Adapter."""
-    pipeline.unet._load_ip_adapter_weights([ip_adapter(pipeline.unet)])
+    pipeline.ip_adapter = ip_adapter(pipeline.unet)  # which `save_pretrained` does not save
+    pipeline.unet._load_ip_adapter_weights([pipeline.ip_adapter])
     pipeline.set_ip_adapter_scale(scale)
     return pipeline
 

@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from PIL import Image
 
 from tests.pipelines.registry import Entry
-from tests.served.saving import INDEX, MODULAR_INDEX
+from tests.served.saving import INDEX, IP_ADAPTER, MODULAR_INDEX
+from tests.support.ip_adapters import load_ip_adapter
 
 # members of a call's result that are images, in the order in which they are looked for
 RESULTS = ("images", "image", "rgb", "prediction")
@@ -74,6 +75,8 @@ class Plain:
         self.pipeline: Any = DiffusionPipeline.from_pretrained(
             str(self._folder), use_safetensors=True, **absent
         )
+        if (self._folder / IP_ADAPTER).exists():
+            load_ip_adapter(self.pipeline, self._folder / IP_ADAPTER)
         self.pipeline.set_progress_bar_config(disable=True)
         self.parameters: Mapping[str, inspect.Parameter] = inspect.signature(
             type(self.pipeline).__call__

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.served.plain import Case, as_array
+from tests.served.saving import IP_ADAPTER
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 FILE_NAMES = {"mask_image": "mask"}  # of images; others have the pipeline's own name
@@ -59,6 +60,8 @@ async def ask(client: httpx.AsyncClient, case: Case, preset: Collection[str]) ->
     fields = {name: value for name, value in given.items() if not _files(name, value)}
     if "width" in fields and "height" in fields:
         fields["size"] = f"{fields.pop('width')}x{fields.pop('height')}"
+    if "ip_adapter_image" in given:
+        fields["ip_adapter"] = IP_ADAPTER
     fields |= {"seed": case.seed} | ({"n": case.n} if case.n != 1 else {})
     if files:
         response = await client.post(EDITS, data=_form(fields), files=files)

@@ -13,6 +13,7 @@ import diffusers
 
 from stepweave.config.preset import FILE_NAME
 from tests.pipelines.registry import Entry
+from tests.support.ip_adapters import save_ip_adapter
 
 MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")  # of a preset
 # constants of calls that belong to a tiny model, not to a request: with the pipelines' defaults it
@@ -36,6 +37,7 @@ FIXED = {
     "use_resolution_binning",
     "view_batch_size",
 }
+IP_ADAPTER = "faces"  # the folder of a component beside the model, and its name
 INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 
 
@@ -57,13 +59,18 @@ def preset(entry: Entry) -> dict[str, Any]:
 def save(entry: Entry, folder: Path) -> None:
     """Build the pipeline of an entry and save it."""
     pipeline = entry.build()
+    made = preset(entry)
+    if (weights := getattr(pipeline, "ip_adapter", None)) is not None:
+        save_ip_adapter(weights, pipeline.image_encoder, folder / IP_ADAPTER)
+        pipeline.unload_ip_adapter()
+        made["components"] = {IP_ADAPTER: IP_ADAPTER}
     if isinstance(pipeline, diffusers.ModularPipeline):
         # a string, and what it will be in the next version of diffusers
         pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
     else:
         pipeline.save_pretrained(folder)
         _mend_index(pipeline, folder / INDEX)
-    (folder / FILE_NAME).write_text(json.dumps(preset(entry)))
+    (folder / FILE_NAME).write_text(json.dumps(made))
 
 
 def _mend_index(pipeline: Any, path: Path) -> None:

@@ -18,6 +18,7 @@ from stepweave.serving.server import Server
 from tests.pipelines.check import denoisers
 from tests.served.plain import Case
 from tests.served.requests import Answer, ask
+from tests.served.saving import IP_ADAPTER
 from tests.support.environment import clean_environment
 from tests.support.waiting import SECONDS, wait_until
 
@@ -88,7 +89,7 @@ class Served:
 
     def forwards(self) -> tuple[int, int]:
         """Calls of the denoisers so far, and how many of them shared a forward."""
-        names = denoisers(self.engine.pipeline)
+        names = {*denoisers(self.engine.pipeline), f"ip_adapter.{IP_ADAPTER}"}
         found = [one for name, one in self.engine.stats().forwards.items() if name in names]
         return sum(one.calls for one in found), sum(one.merged_calls for one in found)
 

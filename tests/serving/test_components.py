@@ -20,12 +20,12 @@ import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
-from safetensors.torch import save_file
 
 from tests.pipelines.adapters import ip_adapter
 from tests.pipelines.parts import HINTS, diffusion, diffusion_xl, vision
 from tests.pipelines.registry import example_image, mask
 from tests.served.server import NotServedError, Served, serving
+from tests.support.ip_adapters import load_ip_adapter, save_ip_adapter
 from tests.support.uploads import url_of
 
 # of diffusers, about its own pipelines with adapters
@@ -51,17 +51,6 @@ def controlnet(unet: Any) -> torch.nn.Module:
 
 def adapter() -> diffusers.T2IAdapter:
     return diffusers.T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2)
-
-
-def write_ip_adapter(unet: Any, folder: Path) -> None:
-    """A directory with an IP-Adapter and its image encoder."""
-    vision().save_pretrained(folder / "image_encoder")
-    tensors = {
-        f"{part}.{name}": tensor
-        for part, named in ip_adapter(unet).items()
-        for name, tensor in named.items()
-    }
-    save_file(tensors, folder / "ip-adapter.safetensors")
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         ("sketch", adapter()),
     ):
         trained(model).save_pretrained(folder / name)  # type: ignore[operator]
-    write_ip_adapter(pipeline.unet, folder / "faces")
+    save_ip_adapter(ip_adapter(pipeline.unet), vision(), folder / "faces")
     return Models(folder)
 
 
@@ -166,11 +155,7 @@ class Plain:
         pipeline.set_progress_bar_config(disable=True)
         if like is not None:
             pipeline.unet = copy.deepcopy(self.base.unet)
-            pipeline.load_ip_adapter(
-                str(self.models.folder / "faces"),
-                subfolder="",
-                weight_name="ip-adapter.safetensors",
-            )
+            load_ip_adapter(pipeline, self.models.folder / "faces")
             pipeline.set_ip_adapter_scale(like.scale)
             arguments["ip_adapter_image"] = SECOND
             if like.mask is not None:
@@ -206,6 +191,16 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Plain], np.ndarray]]] = {
             guess_mode=True,
             **SIZE,
         ),
+    ),
+    "of another size": (
+        {"controlnet": "canny", "control_image": url_of(FIRST), "size": "32x16"},
+        lambda plain: plain(
+            "StableDiffusionControlNetPipeline", "canny", image=FIRST, height=16, width=32
+        ),
+    ),
+    "like, of another size": (
+        {"ip_adapter": "faces", "ip_adapter_image": url_of(SECOND), "size": "32x16"},
+        lambda plain: plain("StableDiffusionPipeline", like=Like(), height=16, width=32),
     ),
     "both": (
         {

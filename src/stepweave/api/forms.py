@@ -37,6 +37,7 @@ from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, 
 from stepweave.images.decoders import UploadedFile
 from stepweave.parameters import ImageRequest, Sources
 from stepweave.serving.admission import Reservation
+from stepweave.serving.kinds import OF_COMPONENTS
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
@@ -404,7 +405,7 @@ async def read_images(
     leading = served.leading(counts)
 
     def fit(name: str, source: tuple[int, int], masked: bool) -> tuple[int, int]:
-        if name != leading:
+        if name != leading or name in OF_COMPONENTS:
             return served.size_of_reference(source, len(form.files))
         return served.size_of_edit(source, size, masked=masked, count=len(form.files))
 
