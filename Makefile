@@ -20,7 +20,7 @@ endef
 SET_UP := $(if $(filter .venv/bin,$(BIN)),.venv/dev.stamp)
 export BENTOML_DO_NOT_TRACK = True
 
-.PHONY: serve wheel test test-full coverage test-gpu bench-gpu check format model evaluate bento image image-test dashboard draw load clean
+.PHONY: serve wheel test test-full coverage test-diffusers test-gpu bench-gpu check format model evaluate bento image image-test dashboard draw load clean
 
 serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
 # accept any model name: many clients have a fixed one
@@ -57,6 +57,16 @@ test-gpu: $(SET_UP)
 
 bench-gpu: $(SET_UP)
 	$(BIN)/python3 -m benchmarks.gpu $(BENCH)
+
+# The matrix of pipelines with another diffusers: a version, a wheel or a checkout. Entries that
+# fail are named, and classes that have no entry. Some of them: NAMES="flux sana"
+test-diffusers: export OMP_NUM_THREADS = 1
+test-diffusers: export OMP_WAIT_POLICY = passive
+test-diffusers: .venv/dev.stamp
+	@test -n "$(DIFFUSERS)" || { echo "Name a version, a wheel or a checkout: make test-diffusers DIFFUSERS=diffusers==0.43.0" >&2; exit 1; }
+	rm -rf build/diffusers
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/diffusers "$(DIFFUSERS)"
+	PYTHONPATH=build/diffusers:src $(BIN)/python -m tests.pipelines --jobs 2 --folder build/pipelines-of-another --unknown $(NAMES)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
