@@ -42,15 +42,12 @@ SOME = (
     "flux_kontext",  # an instruction
     "qwen_image_edit_plus",  # several references
     "stable_diffusion_upscale",
-    "stable_diffusion_image_variation",  # no prompt
     "marigold_depth",
-    "marigold_normals",
-    "stable_diffusion_xl_control_net_xs_text",  # a control image
+    "flux_control",  # an image that guides
     "ddpm",  # neither prompt nor image
     "dit",  # class labels
     "unclip_text",  # arguments of steps with names of their own
     "flux_modular",  # inputs that blocks declare
-    "stable_diffusion_xl_modular_inpaint",
 )
 
 
