@@ -11,11 +11,11 @@ import diffusers
 import pytest
 import torch
 
+from stepweave.adapters.beside import Added, by_field, load_beside
+from stepweave.adapters.control_pipelines import control_pipeline, guides_of, modes_of
 from stepweave.config import Settings
 from stepweave.config.preset import Preset, parsed
 from stepweave.errors import ConfigError, LoadError
-from stepweave.loading.beside import Added, by_field, load_beside
-from stepweave.loading.control_pipelines import control_pipeline, guides_of, modes_of
 from stepweave.serving.pipelines import Pipelines
 from tests.pipelines.adapters_transformers import hunyuan_dit_control_net
 from tests.pipelines.catalog import entries

@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import save_file
 
 from stepweave import StepEngine
+from stepweave.adapters.embeddings import Embedding, load_embeddings
 from stepweave.config import Settings
 from stepweave.errors import ConfigError, LoadError
-from stepweave.loading.embeddings import Embedding, load_embeddings
 from tests.support.in_process import InProcess
 from tests.support.tiny import FAMILIES, WIDTH
 from tests.support.waiting import SECONDS

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stepweave import StepEngine
+from stepweave.adapters.control_pipelines import control_pipeline, guides_of
 from stepweave.errors import EngineMisuseError
-from stepweave.loading.control_pipelines import control_pipeline, guides_of
 from tests.pipelines.parts import HINTS, diffusion
 from tests.pipelines.registry import example_image
 from tests.support.together import SECONDS, TOLERANCE, difference, numbers, submit_together

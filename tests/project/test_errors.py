@@ -20,7 +20,7 @@ from tests.support.environment import ROOT
 SOURCES = ROOT / "src" / "stepweave"
 SERVED = ("stepweave.api.bento", "stepweave.service")  # whose import makes a server
 CODES = get_args(Code)
-ABOVE = ("loading", "store", "images", "telemetry", "serving", "api")
+ABOVE = ("loading", "adapters", "store", "images", "telemetry", "serving", "api")
 
 
 @cache

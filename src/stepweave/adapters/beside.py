@@ -20,13 +20,13 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from stepweave.adapters.ip_adapters import adapted, is_ip_adapter, read_ip_adapter
 from stepweave.config import Settings
 from stepweave.config.components import IP_ADAPTER, VAE, ComponentSource
 from stepweave.config.preset import Preset
 from stepweave.errors import LoadError, shown
 from stepweave.loading.components import Component
 from stepweave.loading.files import find_damage
-from stepweave.loading.ip_adapters import adapted, is_ip_adapter, read_ip_adapter
 from stepweave.loading.reading import Reading, check_placed
 from stepweave.reasons import reason_of
 

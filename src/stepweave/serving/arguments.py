@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from stepweave.adapters.beside import Added
+from stepweave.adapters.control_pipelines import modes_of
 from stepweave.calls import (
     Argument,
     ArgumentField,
@@ -20,8 +22,6 @@ from stepweave.config import Settings
 from stepweave.config.components import GUIDES, IP_ADAPTER
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError
-from stepweave.loading.beside import Added
-from stepweave.loading.control_pipelines import modes_of
 from stepweave.parameters import OWN_TIMES
 from stepweave.planning.workload import multiplies_work
 from stepweave.serving.kinds import (

@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from stepweave.adapters.ip_adapters import attention_arguments
 from stepweave.calls import described, has_scalar
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
-from stepweave.loading.ip_adapters import attention_arguments
 from stepweave.loading.sizes import SizeLimits, knows_multiple
 from stepweave.loading.trials import Size
 from stepweave.parameters import OPTIONAL_ARGUMENTS, Parameters, Sources

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from stepweave.adapters.control_pipelines import guides_of
 from stepweave.calls import CONTROL_IMAGE, CallDescription, described
 from stepweave.config.components import IP_ADAPTER
 from stepweave.errors import InvalidRequestError
-from stepweave.loading.control_pipelines import guides_of
 from stepweave.parameters import Sources
 from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, Chosen, Kind
 

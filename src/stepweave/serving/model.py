@@ -9,15 +9,15 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from stepweave.adapters.beside import Added
+from stepweave.adapters.control_pipelines import guides_of
+from stepweave.adapters.embeddings import Embedding
 from stepweave.calls import RequestFields, described, fields_of
 from stepweave.config import Settings
 from stepweave.config.components import IP_ADAPTER
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequestError, shown
-from stepweave.loading.beside import Added
-from stepweave.loading.control_pipelines import guides_of
-from stepweave.loading.embeddings import Embedding
 from stepweave.loading.kinds import check_served
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from stepweave.adapters.embeddings import Embedding
 from stepweave.calls import described
 from stepweave.errors import shown
-from stepweave.loading.embeddings import Embedding
 from stepweave.parameters import Parameters
 from stepweave.serving.call import default_of
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from stepweave.adapters.beside import Added, by_field
+from stepweave.adapters.control_pipelines import control_pipeline
 from stepweave.calls import described
 from stepweave.config.components import GUIDES
 from stepweave.errors import InvalidRequestError, LoadError
-from stepweave.loading.beside import Added, by_field
-from stepweave.loading.control_pipelines import control_pipeline
 from stepweave.loading.edit_pipelines import edit_pipeline, made_of
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, MOST_TOGETHER, TEXT_TO_IMAGE, Kind
 

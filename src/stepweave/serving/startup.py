@@ -48,13 +48,13 @@ def load(
 ) -> Loaded:
     """Load and warm up, calling `enter` at each stage. Raises LoadError, and torch's errors."""
     enter("importing", 0.05, "importing torch and diffusers")
+    from stepweave.adapters.beside import load_beside
+    from stepweave.adapters.embeddings import load_embeddings
     from stepweave.compat.modular import is_modular, with_declared_call
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
-    from stepweave.loading.beside import load_beside
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
-    from stepweave.loading.embeddings import load_embeddings
     from stepweave.loading.optimizations import apply_optimizations, check_optimizations
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel

@@ -14,6 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
+from stepweave.adapters.control_pipelines import guides_of, modes_of
 from stepweave.calls import CONTROL_IMAGE, Argument, described
 from stepweave.config.components import IP_ADAPTER
 from stepweave.engine import Job, Latents, StepEngine
@@ -25,7 +26,6 @@ from stepweave.errors import (
     RequestError,
 )
 from stepweave.images.outputs import images_each, images_of, outputs_of
-from stepweave.loading.control_pipelines import guides_of, modes_of
 from stepweave.loading.first_images import agree, check_images
 from stepweave.loading.trials import Fault, Limits, Size, narrowed
 from stepweave.parameters import Parameters, Sources

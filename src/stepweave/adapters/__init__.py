@@ -1,0 +1,1 @@
+"""What is loaded beside a model: ControlNets, adapters for images, textual inversions."""
