@@ -440,4 +440,6 @@ def test_transparency_is_kept_for_a_model_that_takes_it() -> None:
     assert found.mask is None
     assert [image.mode for image in found.images["image"]] == ["RGBA", "RGBA"]
     assert [image.getpixel((0, 0))[3] for image in found.images["image"]] == [0, 255]
-    assert uploads.read_sources(files, leading="image", max_pixels=LIMIT).mask is not None
+    assert uploads.read_sources(files, leading="image", max_pixels=LIMIT).mask is None
+    one = uploads_of(image=clear)
+    assert uploads.read_sources(one, leading="image", max_pixels=LIMIT).mask is not None

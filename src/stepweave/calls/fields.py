@@ -69,6 +69,8 @@ def fields_of(
             if bounds is not None:
                 arguments[name] = ArgumentField(argument, bounds)
         for name, known in (("image", description.image), ("mask", description.mask)):
+            if known == CONTROL_IMAGE and description is not first:
+                continue  # of a component: `image` is what an edit begins with
             if known is not None and offered.get(known) is not False:
                 images.setdefault(name, description.images[known])
                 if known != name:

@@ -85,6 +85,7 @@ def read_sources(
     """
     counts = Counter(file.name for file in files)
     masked = any(file.is_mask for file in files)
+    repaints = any(file.is_mask and file.name == "mask" for file in files)
     found: dict[str, tuple[Image.Image, ...]] = {}
     warnings: list[str] = []
     lead: _Decoded | None = None
@@ -104,7 +105,7 @@ def read_sources(
             return (
                 size
                 if fit is None
-                else fit(name, size, masked or (leads and one and holes and not alpha))
+                else fit(name, size, repaints or (leads and one and holes and not alpha))
             )
 
         decoded = _decode(file.data, label, left, fitted)
