@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -18,7 +19,10 @@ from tests.support.tiny import WIDTH, flux, qwen_image, stable_diffusion_3
 def stable_diffusion_3_control_net_text() -> diffusers.StableDiffusion3ControlNetPipeline:
     parts = certain(parts_of(stable_diffusion_3))
     control = diffusers.SD3ControlNetModel.from_transformer(
-        parts["transformer"], num_layers=1, num_extra_conditioning_channels=0
+        # a copy: it writes the number of layers into the configuration that it is given
+        copy.deepcopy(parts["transformer"]),
+        num_layers=1,
+        num_extra_conditioning_channels=0,
     )
     return diffusers.StableDiffusion3ControlNetPipeline(**parts, controlnet=control)
 
@@ -36,7 +40,10 @@ def stable_diffusion_3_control_net_inpainting() -> (
 ):
     parts = certain(parts_of(stable_diffusion_3))
     control = diffusers.SD3ControlNetModel.from_transformer(
-        parts["transformer"], num_layers=1, num_extra_conditioning_channels=1
+        # a copy: it writes the number of layers into the configuration that it is given
+        copy.deepcopy(parts["transformer"]),
+        num_layers=1,
+        num_extra_conditioning_channels=1,
     )
     return diffusers.StableDiffusion3ControlNetInpaintingPipeline(**parts, controlnet=control)
 

@@ -45,6 +45,7 @@ _MAY_NEED_IMAGES = re.compile(r"Edit")  # unless the image is documented to be o
 # what calls fail without, although its default is None
 _NEEDED = {
     "QwenImageControlNetInpaintPipeline": ("control_mask",),
+    "StableDiffusion3ControlNetInpaintingPipeline": ("control_mask",),
     "StableDiffusionGLIGENPipeline": ("gligen_phrases", "gligen_boxes"),
     "VisualClozeGenerationPipeline": ("task_prompt", "content_prompt"),
     "VisualClozePipeline": ("task_prompt", "content_prompt"),
