@@ -18,6 +18,7 @@ from stepweave.cli import doctor
 from stepweave.cli.inspection import inspect_model
 from stepweave.cli.main import main
 from stepweave.config import EMBEDDED_MODEL
+from tests.pipelines.parts import controlnet
 from tests.support.environment import free_port
 from tests.support.original_layout import save_as_one_file
 from tests.support.served import Served
@@ -156,6 +157,26 @@ def test_a_model_in_a_single_file_is_looked_at(tmp_path: Path) -> None:
     files = [str(file), str(folder / "two.safetensors"), str(file)]
     assert [entry["model"] for entry in entries] == ["shapes", *files]
     assert "is a textual inversion" in entries[2]["problem"]
+
+
+def test_components_are_looked_at(tmp_path: Path) -> None:
+    controlnet().save_pretrained(tmp_path / "canny")
+    (tmp_path / "empty").mkdir()
+    components = {
+        "canny": str(tmp_path / "canny"),
+        "empty": str(tmp_path / "empty"),
+        "nowhere": "no/such",
+        "remote": f"owner/name@{'a' * 40}",
+    }
+    status, found = findings("--components", json.dumps(components))
+    assert status == 1
+    states = {about: one["state"] for about, one in found.items() if one["state"] != "ok"}
+    assert states == {
+        "component empty": "problem",
+        "component nowhere": "problem",
+        "component remote": "warning",
+    }
+    assert "ControlNetModel" in found["component canny"]["message"]
 
 
 def test_models_of_a_server_are_listed(served: Served) -> None:

@@ -91,6 +91,17 @@ def load_beside(
     return added
 
 
+def look_at(source: ComponentSource) -> str | None:
+    """What a component is, without reading its weights; None if it is to be downloaded. Raises
+    LoadError."""
+    if source.on_the_hub() is not None and not source.directory().is_dir():
+        return None
+    folder = _folder(source, None)
+    if not (folder / CONFIG_NAME).exists() and (file := _adapter_file(folder, source)):
+        return f"an IP-Adapter, {file.name}"
+    return str(_kind(folder)[0].__name__)
+
+
 def by_field(added: Mapping[str, Added]) -> dict[str, dict[str, Added]]:
     """Those that requests may name, by their fields."""
     found: dict[str, dict[str, Added]] = {}

@@ -78,6 +78,7 @@ def _look(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     device, finding = _device(settings)
     yield finding
     yield from _model(settings, device)
+    yield from _beside(settings)
 
 
 def _versions() -> Finding:
@@ -204,6 +205,24 @@ def _model(settings: Settings, device: torch.device | None) -> Iterator[Finding]
     yield Finding("model", "ok", f"{settings.model_name()}: {facts.pipeline}, {size}")
     if device is not None:
         yield _memory(settings, device, facts.numbers * choose_dtype(settings, device).itemsize)
+
+
+def _beside(settings: Settings) -> Iterator[Finding]:
+    """The components of the setting."""
+    from stepweave.adapters.beside import look_at
+    from stepweave.errors import LoadError
+
+    for name, source in settings.components.items():
+        about = f"component {name}"
+        try:
+            what = look_at(source)
+        except LoadError as error:
+            yield Finding(about, "problem", error.message)
+            continue
+        if what is None:
+            yield Finding(about, "warning", f"{source.source}: it may have to be downloaded")
+        else:
+            yield Finding(about, "ok", f"{what} of {source.source}")
 
 
 def _memory(settings: Settings, device: torch.device, needed: int) -> Finding:

@@ -81,7 +81,12 @@ def load(
         pipeline = with_declared_call(pipeline) if is_modular(pipeline) else pipeline
     embeddings = load_embeddings(pipeline, settings.embeddings)
     apply_optimizations(pipeline, settings, device)
-    added = load_beside(settings, settings.preset_over(preset), pipeline, device, dtype)
+
+    def on_begin(name: str) -> None:
+        enter("loading", SHARES["loading"][1], f"{place}: component {name}")
+
+    merged = settings.preset_over(preset)
+    added = load_beside(settings, merged, pipeline, device, dtype, on_begin)
     model = ServedModel(pipeline, preset, settings, added, embeddings)
     # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
