@@ -62,21 +62,22 @@ def members(count: int) -> dict[str, int]:
 
 
 PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+# of fewer parts than are refused before they are read
 WIDE: dict[str, tuple[str, Any, str]] = {
-    "fields": (GENERATIONS, {"prompt": "a", **members(60_000)}, "Unknown field 'x0'."),
-    "nested": (GENERATIONS, {"prompt": {"a": members(60_000)}}, "prompt is "),
-    "tensors": (INFER, {"inputs": [{}] * 100_000}, "inputs"),
+    "fields": (GENERATIONS, {"prompt": "a", **members(9_000)}, "Unknown field 'x0'."),
+    "nested": (GENERATIONS, {"prompt": {"a": members(9_000)}}, "prompt is "),
+    "tensors": (INFER, {"inputs": [{}] * 6_000}, "inputs"),
     "members of a tensor": (
         INFER,
-        {"inputs": [{**PROMPT, **members(60_000)}]},
+        {"inputs": [{**PROMPT, **members(9_000)}]},
         "Unknown field 'x0'.",
     ),
     "shape": (
         INFER,
-        {"inputs": [{**PROMPT, "shape": ["a"] * 100_000}]},
+        {"inputs": [{**PROMPT, "shape": ["a"] * 6_000}]},
         "Tensor 'prompt': inputs.0.shape.0 is 'a'",
     ),
-    "outputs": (INFER, {"inputs": [PROMPT], "outputs": [{}] * 100_000}, "outputs"),
+    "outputs": (INFER, {"inputs": [PROMPT], "outputs": [{}] * 6_000}, "outputs"),
 }
 
 

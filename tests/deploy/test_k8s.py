@@ -1441,7 +1441,7 @@ def test_a_job_that_cannot_write_says_who_owns_the_volume(tmp_path: Path) -> Non
     [
         (
             {"STEPWEAVE_MODEL": "shapes", "STEPWEAVE_REVISION": ""},
-            "STEPWEAVE_MODEL='shapes' is a directory",
+            "STEPWEAVE_MODEL='shapes' is not a hub id",
         ),
         ({"STEPWEAVE_REVISION": "main"}, "STEPWEAVE_REVISION='main'"),
         pytest.param(

@@ -565,6 +565,7 @@ class Holder(DiffusionPipeline):  # type: ignore[misc]
 def modules_of(pipeline: Any, owns: Callable[[Fiber], bool] = lambda fiber: True) -> EngineModules:
     return EngineModules(
         pipeline,
+        {},
         hook=functools.partial(SuspendHook, owns),
         call=call_engine,
         max_decode_rows=4,

@@ -355,7 +355,7 @@ def test_what_requests_ask_for_is_rehearsed_once_without_the_global_generator(
             resolve(model, prompt="x", scheduler=name, num_inference_steps=9)
     assert len(calls) == len(model.schedulers)
     assert torch.equal(torch.get_rng_state(), state)
-    found = model._rehearsals[id(model.pipeline)]._found
+    found = model._rehearsals[model.kind.task]._found
     remembered = len(found)
     monkeypatch.setattr(schedulers, "REMEMBERED", remembered)
     for steps in range(30, 40):
