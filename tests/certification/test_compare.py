@@ -105,6 +105,7 @@ def test_roundings_hide_no_other_row_in_a_number_near_zero(leak: float) -> None:
         embeddings(leak)
 
 
+@pytest.mark.full
 def test_prompts_of_other_lengths_share_steps_in_bfloat16() -> None:
     """Attention with a mask rounds otherwise than without."""
     pipeline = FAMILIES["qwen_image"].build().to(torch.bfloat16)

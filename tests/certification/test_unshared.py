@@ -148,6 +148,7 @@ def test_jobs_share_forwards_though_the_autoencoder_is_to_be_cast(dtype: torch.d
     assert pipeline.vae.dtype == dtype
 
 
+@pytest.mark.full
 @every_type
 def test_a_reproducible_job_beside_them_is_that_of_a_plain_call_to_the_last_bit(
     dtype: torch.dtype,

@@ -130,7 +130,7 @@ def test_times_keep_their_values_and_numbers_of_other_arguments_go_along(
 
 @pytest.mark.parametrize(
     "name",
-    ["ddim", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddpm", "ldm", "ldm_text"))],
+    [pytest.param(name, marks=pytest.mark.full) for name in ("ddim", "ddpm", "ldm", "ldm_text")],
 )
 def test_pipelines_that_give_times_as_numbers_or_on_the_cpu_share_forwards(
     name: str, device: FakeDevice

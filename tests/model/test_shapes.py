@@ -210,7 +210,8 @@ def test_images_obey_their_prompts_in_the_evaluation(pipeline: StableDiffusion3P
     check_quality(pipeline, 400, seed=7)
 
 
-@pytest.mark.parametrize(("each", "count"), [(1, 0), pytest.param(4, 40, marks=[pytest.mark.full])])
+@pytest.mark.full
+@pytest.mark.parametrize(("each", "count"), [(1, 0), (4, 40)])
 def test_guidance_and_negative_prompt_change_the_image_as_they_should(
     pipeline: StableDiffusion3Pipeline, each: int, count: int
 ) -> None:
