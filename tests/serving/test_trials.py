@@ -266,6 +266,8 @@ def requests(
     if sizes.only is None:
         least, multiple = sizes.min_side, sizes.multiple
         longest = min(sizes.longest, sizes.max_pixels // least) // multiple * multiple
+        if sizes.area is not None:  # at more narrow ones, a side would be none
+            longest = min(longest, least * sizes.area // multiple**2)
         for width, height in (
             (least, least),
             (least + multiple, least),
@@ -300,6 +302,8 @@ def refusals(limits: Limits) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"size": f"{sizes.longest + sizes.multiple}x{sizes.min_side}"}, "size"
         if sizes.min_side > sizes.multiple:
             yield {"size": f"{sizes.multiple}x{sizes.min_side}"}, "size"
+    if sizes.area is not None:
+        yield {"size": f"{sizes.min_side * sizes.area}x{sizes.min_side}"}, "size"
     if limits.guidance[0] > 0:
         yield {"guidance_scale": limits.guidance[0] - 0.01}, "guidance_scale"
     yield {"n": limits.images + 1}, "n"
@@ -340,8 +344,15 @@ def check(name: str) -> ServedModel:
                     )
                     continue
                 images = engine.submit(**model.call(parameters)).result(SECONDS).images
-                # which goes by its source's shape, and says so
-                if name != "flux_kontext" or sources is None:
+                area = limits.sizes.area
+                if area is not None:  # only the proportions of what is asked for count
+                    assert len(images) == parameters.n
+                    wanted = parameters.width, parameters.height
+                    # rounded down to multiples; some edits have the size itself
+                    for made in images:
+                        about = area / 4 <= made.width * made.height <= 2 * area
+                        assert about or made.size == wanted, (asked, made.size)
+                else:
                     assert [one.size for one in images] == [
                         (parameters.width, parameters.height)
                     ] * parameters.n, asked
@@ -362,7 +373,7 @@ FAILED: dict[str, Callable[[Limits], bool]] = {
     # a table of positions
     "z_image": lambda limits: limits.sizes.multiple == 4 and limits.sizes.longest == 128,
     "aura_flow": lambda limits: limits.sizes.longest == 32,  # its table is of a square
-    "flux_kontext": lambda limits: limits.sizes.only == (16, 16),  # it goes by the number of pixels
+    "flux_kontext": lambda limits: limits.sizes.area == 256,  # it goes by the number of pixels
     "prx": lambda limits: limits.guidance[0] == 1 and limits.images == 1,
     "hunyuan_dit_pag_text": lambda limits: limits.guidance[0] == SLIGHT,
     "pixart_alpha": lambda limits: limits.sizes.multiple == 8,

@@ -65,6 +65,12 @@ class SizeLimits:
             return f"; the model makes images of at least {self.min_side} a side"
         if max(width, height) > self.longest:
             return f"; the model's limit is {self.longest} a side"
+        short, long = sorted((width, height))
+        if self.area is not None and self.area * short < long * self.multiple**2:
+            return (
+                f"; with such proportions, a side of about {self.area} pixels in all is less than "
+                f"{self.multiple}"
+            )
         if width * height > self.max_pixels:
             return f", {width * height} pixels; the limit is {self.max_pixels}"
         return None
