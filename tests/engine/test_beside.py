@@ -11,7 +11,7 @@ import torch
 from stepweave import StepEngine
 from stepweave.adapters.control_pipelines import control_pipeline, guides_of
 from stepweave.errors import EngineMisuseError
-from tests.pipelines.parts import HINTS, diffusion
+from tests.pipelines.parts import HINTS, diffusion, trained
 from tests.pipelines.registry import example_image
 from tests.support.together import SECONDS, TOLERANCE, difference, numbers, submit_together
 
@@ -25,11 +25,9 @@ def pipelines() -> tuple[Any, dict[str, Any]]:
     base.set_progress_bar_config(disable=True)
     nets = {}
     for name in ("canny", "depth"):
-        net = diffusers.ControlNetModel.from_unet(base.unet, **HINTS)
-        with torch.no_grad():
-            for weight in net.parameters():
-                weight.add_(torch.randn_like(weight) * 0.05)
-        nets[f"controlnet.{name}"] = net
+        nets[f"controlnet.{name}"] = trained(
+            diffusers.ControlNetModel.from_unet(base.unet, **HINTS)
+        )
     for part in (*base.components.values(), *nets.values()):
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)

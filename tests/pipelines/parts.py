@@ -44,6 +44,14 @@ def certain(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def trained(model: nn.Module) -> nn.Module:
+    """The model with an effect: ControlNets begin with zeros in their last layers."""
+    for weight in model.parameters():
+        weight.add_(torch.randn_like(weight) * 0.05)
+    return model
+
+
+@torch.no_grad()
 def calm(layer: nn.Module, share: float = 0.1) -> None:
     """Make a last layer's results so small that what becomes of them stays within bounds: clamped,
     all errors look alike."""

@@ -22,7 +22,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 
 from tests.pipelines.adapters import ip_adapter
-from tests.pipelines.parts import HINTS, diffusion, diffusion_xl, vision
+from tests.pipelines.parts import HINTS, diffusion, diffusion_xl, trained, vision
 from tests.pipelines.registry import example_image, mask
 from tests.served.server import NotServedError, Served, serving
 from tests.support.ip_adapters import load_ip_adapter, save_ip_adapter
@@ -35,14 +35,6 @@ STEPS, SEED, SIDE = 4, 3, 16
 FIRST, SECOND, SOURCE, MASK = example_image(51), example_image(57), example_image(5), mask(5)
 COMMON = {"prompt": "a ring", "guidance_scale": 5.0, "num_inference_steps": STEPS}
 SIZE = {"height": SIDE, "width": SIDE}
-
-
-def trained(model: torch.nn.Module) -> torch.nn.Module:
-    """With an effect: ControlNets begin with zeros in their last layers."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.05)
-    return model
 
 
 def controlnet(unet: Any) -> torch.nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders import IPAdapterMixin
-from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import CONFIG_NAME
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -27,14 +26,15 @@ from stepweave.config.preset import Preset
 from stepweave.errors import LoadError, shown
 from stepweave.loading.components import Component
 from stepweave.loading.files import find_damage
+from stepweave.loading.hub import explained
 from stepweave.loading.reading import Reading, check_placed
+from stepweave.loading.variants import only_variant
 from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
 
 _FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json")
 _ENCODER = "image_encoder"
-_VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,12 +118,14 @@ def _load(name: str, source: ComponentSource, folder: Path, dtype: torch.dtype) 
 
 def _read(name: str, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """The model of a class in a directory. Raises LoadError."""
-    reading = Reading(folder, [Component(name, kind)])
+    component = Component(name, kind)
+    reading = Reading(folder, [component])
+    files = [f"{name}/{file.name}" for file in folder.glob("*.safetensors")]
     try:
         with reading.watched():
             options = {"torch_dtype": dtype} if issubclass(kind, ModelMixin) else {"dtype": dtype}
             model = kind.from_pretrained(
-                str(folder), variant=_variant(folder), use_safetensors=True, **options
+                str(folder), variant=only_variant(component, files), use_safetensors=True, **options
             )
         check_placed({name: model})
     except LoadError:
@@ -167,9 +169,8 @@ def _load_ip_adapter(
     if not isinstance(pipeline, IPAdapterMixin) or not hasattr(pipeline, "image_encoder"):
         raise LoadError(f"{type(pipeline).__name__} takes no IP-Adapters")
     unet = adapted(pipeline.unet, read_ip_adapter(file))
-    root = folder
-    for _ in (source.subfolder or "").split("/") if source.subfolder else ():
-        root = root.parent
+    # of the source, of which `folder` may be a subfolder
+    root = folder.parents[source.subfolder.count("/")] if source.subfolder else folder
     place = root / source.image_encoder if source.image_encoder else folder / _ENCODER
     encoder = pipeline.image_encoder
     if (place / CONFIG_NAME).is_file():
@@ -219,12 +220,8 @@ def _folder(source: ComponentSource, base: Path | None) -> Path:
         if source.weights is not None:
             encoder = source.image_encoder or f"{part}{_ENCODER}"
             files = [part + source.weights, *(f"{encoder}/{file}" for file in _FILES)]
-        try:
+        with explained(repository, commit):
             folder = Path(snapshot_download(repository, revision=commit, allow_patterns=files))
-        except Exception as error:
-            raise LoadError(
-                f"{repository} at {commit} cannot be downloaded from the hub: {reason_of(error)}"
-            ) from error
     return folder / source.subfolder if source.subfolder else folder
 
 
@@ -257,15 +254,6 @@ def _kind(folder: Path) -> tuple[Any, str]:
         f"it is a {name}; a component may be a ControlNet, a T2I-Adapter, an IP-Adapter, or an "
         "autoencoder"
     )
-
-
-def _variant(folder: Path) -> str | None:
-    """The only variant of the weights, if there are none without one."""
-    names = [file.name for file in folder.glob("*.safetensors*")]
-    if any(name.startswith(SAFETENSORS_WEIGHTS_NAME) for name in names):
-        return None
-    variants = {found[1] for name in names if (found := _VARIANT.fullmatch(name))}
-    return variants.pop() if len(variants) == 1 else None
 
 
 def _replace_vae(pipeline: Any, new: Added, added: Mapping[str, Added]) -> None:

@@ -17,10 +17,11 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
 )
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from stepweave.errors import LoadError
+from stepweave.loading.checkpoint import read_header
 from stepweave.reasons import reason_of
 
 _PARTS = ("image_proj", "ip_adapter")
@@ -29,29 +30,24 @@ _PARTS = ("image_proj", "ip_adapter")
 def is_ip_adapter(file: Path) -> bool:
     """Whether a safetensors file has the weights of an IP-Adapter."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {key.partition(".")[0] for key in opened.keys()} == set(_PARTS)
-    except (OSError, SafetensorError):
+        shapes, _ = read_header(file)
+    except LoadError:
         return False
+    return {name.partition(".")[0] for name in shapes} == set(_PARTS)
 
 
 def read_ip_adapter(file: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of an IP-Adapter, in its two parts. Raises LoadError."""
+    read_header(file)  # which says how a file that cannot be read is damaged
     found: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for key in opened.keys():
-                part, _, name = key.partition(".")
-                if part not in found:
-                    raise LoadError(
-                        f"{file.name} has {key}, which is not of an IP-Adapter: its tensors are "
-                        "image_proj. and ip_adapter."
-                    )
-                found[part][name] = opened.get_tensor(key)
-    except SafetensorError as error:
-        raise LoadError(f"{file.name}: damaged or cut off ({reason_of(error)})") from None
-    except OSError as error:
-        raise LoadError(f"{file.name}: {reason_of(error)}") from None
+    for key, tensor in load_file(file).items():
+        part, _, name = key.partition(".")
+        if part not in found:
+            raise LoadError(
+                f"{file.name} has {key}, which is not of an IP-Adapter: its tensors are "
+                "image_proj. and ip_adapter."
+            )
+        found[part][name] = tensor
     for part, tensors in found.items():
         if not tensors:
             raise LoadError(f"{file.name} has no {part}. tensors: it is no IP-Adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ GUIDES = {"controlnet": "ControlNet", "t2i_adapter": "T2I-Adapter"}
 IP_ADAPTER = "ip_adapter"
 VAE = "vae"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_PLACE = r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$"  # below a source, never above it
 _ON_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)@([0-9a-f]{40})")
 
 
@@ -28,9 +30,7 @@ class ComponentSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     source: str = Field(min_length=1, description="A directory, or `OWNER/NAME@COMMIT`.")
-    subfolder: str | None = Field(
-        None, pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", description="Where in it the component is."
-    )
+    subfolder: str | None = Field(None, pattern=_PLACE, description="Where in it the component is.")
     weights: str | None = Field(
         None,
         pattern=r"^[\w-][\w.-]*\.safetensors$",
@@ -38,7 +38,7 @@ class ComponentSource(BaseModel):
     )
     image_encoder: str | None = Field(
         None,
-        pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$",
+        pattern=_PLACE,
         description="Where in the source an IP-Adapter's image encoder is; by default in "
         "`image_encoder` beside its file.",
     )
@@ -82,20 +82,34 @@ def _of_setting(value: Any) -> Any:
     """The value of a text: JSON, or the path of a file with it."""
     if not isinstance(value, str):
         return value
-    text = value
-    if not value.lstrip().startswith("{"):
-        try:
-            text = Path(value).expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise PydanticCustomError(
-                "file", "it must be a JSON object, or the path of a file with one ({reason})",
-                {"reason": reason},
-            ) from None  # fmt: skip
     try:
-        return from_json(text)
+        content = object_or_file(value)
+    except ValueError as error:
+        raise PydanticCustomError("file", "{reason}", {"reason": str(error)}) from None
+    try:
+        return from_json(content)
     except ValueError as error:
         raise PydanticCustomError("json", "not JSON: {reason}", {"reason": str(error)}) from None
+
+
+def object_or_file(text: str) -> bytes:
+    """The JSON object of a setting, or of the file that it names, without a byte order mark. Raises
+    ValueError for a file that cannot be read."""
+    if is_object(text):
+        return text.removeprefix("\ufeff").encode()
+    try:
+        content = Path(text.removeprefix("\ufeff")).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"it must be a JSON object, or the path of a file with one ({reason})"
+        ) from None
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def is_object(text: str) -> bool:
+    """Whether a setting is a JSON object itself, and not a file's name."""
+    return text.removeprefix("\ufeff").lstrip().startswith("{")
 
 
 Components = Annotated[dict[str, ComponentSource], BeforeValidator(_named)]

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from stepweave.config.components import Components
+from stepweave.config.components import Components, is_object, object_or_file
 from stepweave.errors import LoadError, shown
 from stepweave.reasons import reason_of
 
@@ -131,20 +131,11 @@ def read_preset(directory: Path | None) -> Preset:
 
 def preset_of_setting(text: str) -> Preset:
     """The preset in the setting: a JSON object, or the path to one. Raises ValueError."""
-    text = text.removeprefix("\ufeff")
-    if text.lstrip().startswith("{"):
-        return parsed(text.encode()).named(SETTING)
-    try:
-        content = Path(text).expanduser().read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"it must be a JSON object, or the path of a file with one ({reason})"
-        ) from None
+    content = object_or_file(text)
     try:
         return parsed(content).named(SETTING)
     except ValueError as error:
-        raise ValueError(f"in the file, {error}") from None
+        raise ValueError(f"{'' if is_object(text) else 'in the file, '}{error}") from None
 
 
 def parsed(content: bytes) -> Preset:

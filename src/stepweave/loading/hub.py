@@ -103,7 +103,7 @@ def _fetch_parts(
 ) -> str | None:
     """Download the components' files from their sources, except those of a directory, which has
     these `files`. Returns the variant of the weights."""
-    places = {source.place: source for source in sources.values() if source.repository is not None}
+    places = {source.place for source in sources.values() if source.repository is not None}
     listed = {place: _listed(*place) for place in places}
     known: dict[str, int] = {}
     for name, source in sources.items():
@@ -124,7 +124,7 @@ def _fetch_parts(
             if source.place == place and f"{name}/{file}" in needed
         }
         if paths:  # else they cannot be listed: the cache must do
-            with _told(repository, entries, paths, on_progress), _named(places[place]):
+            with _told(repository, entries, paths, on_progress), explained(*place):
                 snapshot_download(repository, revision=revision, allow_patterns=list(paths))
     return variant
 
@@ -132,19 +132,20 @@ def _fetch_parts(
 def _cached(source: Source) -> dict[str, int]:
     """The files of a component's repository in the cache. Raises LoadError if it is not there."""
     if not source.cached().is_dir():
-        with _named(source):  # which says why it cannot be had
+        with explained(source.repository, source.revision):
             snapshot_download(str(source.repository), revision=source.revision, allow_patterns=[])
     return files_of(source.cached())
 
 
 @contextlib.contextmanager
-def _named(source: Source) -> Iterator[None]:
-    """Turn errors of the hub into LoadError that names the repository and the commit."""
+def explained(repository: str | None, revision: str | None) -> Iterator[None]:
+    """Within the block, which downloads components, turn errors of the hub into LoadError that
+    names the repository and the commit."""
     try:
         yield
     except Exception as error:
-        why = _explained(error, source.revision, "the revision ")
-        raise LoadError(f"{source.repository}, which holds components: {why}") from error
+        why = _explained(error, revision, "the revision ")
+        raise LoadError(f"{repository}, which holds components: {why}") from error
 
 
 def _index(repository: str, revision: str | None) -> Path:

@@ -88,6 +88,12 @@ def has_variant(component: Component, files: Collection[str], variant: str | Non
     return variant in _variants(component, files)
 
 
+def only_variant(component: Component, files: Collection[str]) -> str | None:
+    """The variant of a component's weights if there is one, and no weights without a variant."""
+    names = list(_variants(component, files)) if component.weights is not None else []
+    return names[0] if len(names) == 1 else None
+
+
 def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> str:
     """The variant of the setting. Raises LoadError unless it exists and is complete."""
     there = sorted(
