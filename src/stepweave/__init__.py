@@ -12,6 +12,7 @@ __all__ = [
     "IsolationError",
     "Job",
     "LockedTokenizer",
+    "Loras",
     "RequestScopedPipeline",
     "StepEngine",
     "__version__",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from stepweave.adapters.loras import Loras
     from stepweave.engine import Job, StepEngine
     from stepweave.scope import (
         BaseAsyncScheduler,
@@ -30,10 +32,16 @@ if TYPE_CHECKING:
         make_view,
     )
 
+_PACKAGES = {
+    "Job": "stepweave.engine",
+    "Loras": "stepweave.adapters.loras",
+    "StepEngine": "stepweave.engine",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import on first use: torch and diffusers take seconds, during which probes must work."""
     if name in __all__:
-        package = "stepweave.engine" if name in ("Job", "StepEngine") else "stepweave.scope"
+        package = _PACKAGES.get(name, "stepweave.scope")
         return getattr(importlib.import_module(package), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -78,6 +78,8 @@ Code = Literal[  # explained in docs/http.md
     "jobs_list_disabled",
     "load_failed",
     "loading",
+    "lora_not_found",
+    "lora_unusable",
     "memory",
     "method_not_allowed",
     "missing_field",
@@ -258,6 +260,18 @@ class NotFoundError(RequestError):
 
     status = 404
     code = "not_found"
+
+
+class LoraNotFoundError(NotFoundError):
+    """No adapter has this name."""
+
+    code = "lora_not_found"
+
+
+class LoraError(InvalidRequestError):
+    """An adapter's file cannot be used with this model."""
+
+    code = "lora_unusable"
 
 
 class MethodNotAllowedError(RequestError):

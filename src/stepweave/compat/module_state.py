@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from stepweave.compat.row_adapters import LayerHook
 from stepweave.compat.values import (
     ATOMS,
     LIBRARIES,
@@ -245,7 +246,8 @@ class ModuleState:
             self._flat[id(part._modules)] = flat
         for hooks in _HOOKS:
             for key, value in attributes[hooks].items():
-                self._add(f"{name}.{hooks}[{key}]", attributes[hooks], key, value)
+                if not isinstance(value, LayerHook):  # of adapters, which calls have as arguments
+                    self._add(f"{name}.{hooks}[{key}]", attributes[hooks], key, value)
 
     def _put(self, path: str, holder: Any, key: str, mark: Hashable, value: Any) -> None:
         self._roots[id(holder), key] = _Root(path, holder, key, mark, value, [], self._owner)

@@ -20,6 +20,7 @@ class EngineLimits(TypedDict, total=False):
     audit_every: int
     knee: bool
     beside: Mapping[str, Any]
+    loras: Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class EngineConfig:
             more rows raise the throughput by less than 5 %.
         beside: modules that the engine's pipeline does not have, but other pipelines that jobs
             call, such as ControlNets; by names that are no attributes of the pipeline.
+        loras: the adapters that jobs may name, a `stepweave.Loras`; None for none.
     """
 
     mode: Mode = "step"
@@ -52,12 +54,13 @@ class EngineConfig:
     audit_every: int = 1000
     knee: bool = True
     beside: Mapping[str, Any] = field(default_factory=dict)
+    loras: Any = None
 
     def __post_init__(self) -> None:
         modes = get_args(Mode)
         if self.mode not in modes:
             raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(modes)}")
-        others = ("mode", "knee", "beside")
+        others = ("mode", "knee", "beside", "loras")
         for name in (each.name for each in fields(self) if each.name not in others):
             value, least = getattr(self, name), 0 if name == "cache_bytes" else 1
             if isinstance(value, bool) or not isinstance(value, Integral):

@@ -7,12 +7,13 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
 import torch
 
 from stepweave.baselines.thread_pool import ThreadPool
+from stepweave.compat.row_adapters import chosen
 from stepweave.compat.torch_state import draw_seed
 from stepweave.config.engine import EngineConfig, EngineLimits, Mode
 from stepweave.engine.loop import StepLoop
@@ -24,7 +25,7 @@ from stepweave.memory.device_health import DeviceHealth
 from stepweave.parameters import PriorityName
 from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
-from stepweave.planning.stats import EngineStats, Stats
+from stepweave.planning.stats import EngineStats, Stats, of_the_loop
 from stepweave.planning.workload import has_generator, takes
 from stepweave.scheduling.policy import Policy, srpt
 from stepweave.scheduling.task import Priority
@@ -104,13 +105,15 @@ class StepEngine(Estimates):
         priority: PriorityName = "normal",
         observer: Observer | None = None,
         pipeline: Any = None,
+        lora: Sequence[tuple[str, float]] = (),
         **kwargs: Any,
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
         `pipeline`, if given, is called instead of the engine's. It must be made of the same
         modules, such as an image-to-image pipeline, and of those `beside`; its calls share forwards
-        with all others.
+        with all others. `lora` names adapters of the engine's `loras`, each with its scale, in the
+        order in which they are applied.
 
         `scheduler` replaces the pipeline's; the job uses a copy. `deadline` is in seconds from now;
         a late job ends at its next step with DeadlineExceededError. Jobs of a higher `priority` go
@@ -119,12 +122,14 @@ class StepEngine(Estimates):
         callbacks run on the engine's thread and delay every job.
 
         Raises EngineClosedError; DeviceFailedError if the device has failed permanently;
-        EngineMisuseError for a pipeline with modules that are not the engine's.
+        EngineMisuseError for a pipeline with modules that are not the engine's; LoraError for an
+        unknown adapter, or one that cannot be used.
         """
         self._health.check()
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         scope = self._runner.scope_of(pipeline)
+        adapters = chosen(self.config.loras, lora, kwargs)
         seed = None if has_generator(scope.pipeline, args, kwargs) else draw_seed()
         if seed is not None and takes(scope.pipeline, "generator"):
             kwargs["generator"] = torch.Generator().manual_seed(seed)
@@ -135,6 +140,7 @@ class StepEngine(Estimates):
         running = RunningJob(
             job, args, kwargs, scope=scope, scheduler=scheduler,
             priority=Priority[priority.upper()], observer=observer, health=self._health,
+            adapters=adapters,
         )  # fmt: skip
         with self._lock:
             if self._closed:
@@ -189,22 +195,13 @@ class StepEngine(Estimates):
 
     def stats(self) -> EngineStats:
         """Statistics since the engine was made."""
-        loop = self._loop
         return EngineStats(
             mode=self.mode,
             waiting=self.waiting,
             running=self.running,
-            certificates=[item.describe() for item in loop.certificates.all()] if loop else [],
-            unshared=loop.unshared.listed(loop.certificates.all(), loop.scope_of(None).why_turns())
-            if loop
-            else [],
-            unshared_calls=dict(loop.unshared.calls) if loop else {},
-            cache_hits=loop.cache.hits if loop else 0,
-            cache_misses=loop.cache.misses if loop else 0,
-            cache_bytes=loop.cache.bytes if loop else 0,
-            peak_memory=loop.memory.peak() if loop else 0,
             backlog=self.backlog(),
             cost_error=self._planner.cost.error,
+            **of_the_loop(self._loop),
             **self._stats.counts(),
         )
 

@@ -12,6 +12,7 @@ from torch import nn
 from stepweave.batching.call import Attempt, Call, Target
 from stepweave.batching.forward import run_attempt
 from stepweave.compat.own_state import OwnState
+from stepweave.compat.row_adapters import with_adapters
 from stepweave.compat.torch_state import current, suspendable
 from stepweave.engine.fiber import Fiber, current_fiber, suspend
 from stepweave.views.image_threads import ImageWork
@@ -25,6 +26,7 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if fiber is None or not suspendable():
         return target.function(*args, **kwargs)
     processors = None if target.processors is None else target.processors.installed()
+    kwargs = with_adapters(target.module, kwargs, fiber.owner)
     call = Call(target, args, kwargs, current(fiber.device_types), processors, fiber.owner)
     own = next((state for state in fiber.own if isinstance(state, OwnState)), None)
     request: Call | Attempt = call

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stepweave.batching.call import Call
+from stepweave.compat.row_adapters import NONE, Chosen
 from stepweave.compat.snapshot import ArgumentSnapshot
 from stepweave.errors import (
     DeadlineExceededError,
@@ -32,7 +33,7 @@ class RunningJob:
     """The engine's side of a `Job`, from submission to delivery.
 
     `args` and `kwargs` are those of the pipeline's call; `scope` makes views of the pipeline;
-    `scheduler`, unless None, replaces the view's.
+    `scheduler`, unless None, replaces the view's. `adapters` are of its calls alone.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RunningJob:
         priority: Priority,
         observer: Observer | None,
         health: DeviceHealth,
+        adapters: Chosen = NONE,
     ) -> None:
         self.job = job
         self.id = job.id
@@ -56,6 +58,7 @@ class RunningJob:
         self.kwargs = kwargs
         self.scope = scope
         self.scheduler = scheduler
+        self.adapters = adapters
         self.priority = priority
         self.task = Task()  # for the planner, as are `shape` and `recorder`
         self.shape = Shape()
@@ -134,6 +137,7 @@ class RunningJob:
 
     def start(self, at: float | None = None) -> None:
         """Note that its call starts, `at` a time or now."""
+        self.adapters.attach()
         self._snapshot = ArgumentSnapshot(*self.args, *self.kwargs.values())
         self.job.started = time.monotonic() if at is None else at
         self._tell()

@@ -82,6 +82,20 @@ class Stats:
             self.unfit += isinstance(outcome.error, OutOfMemoryError)
 
 
+def of_the_loop(loop: Any) -> dict[str, Any]:
+    """What only mode `step` has, by its names in `EngineStats`; `loop` is None in others."""
+    every = loop.certificates.all() if loop else []
+    return {
+        "certificates": [item.describe() for item in every],
+        "unshared": loop.unshared.listed(every, loop.scope_of(None).why_turns()) if loop else [],
+        "unshared_calls": dict(loop.unshared.calls) if loop else {},
+        "cache_hits": loop.cache.hits if loop else 0,
+        "cache_misses": loop.cache.misses if loop else 0,
+        "cache_bytes": loop.cache.bytes if loop else 0,
+        "peak_memory": loop.memory.peak() if loop else 0,
+    }
+
+
 @dataclass(frozen=True)
 class EngineStats:
     """A snapshot. `forwards` (by module) and `certificates` only in mode `step`."""

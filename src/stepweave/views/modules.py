@@ -18,6 +18,7 @@ from stepweave.compat.cpu_offload import Offloading
 from stepweave.compat.locks import is_autoencoder
 from stepweave.compat.module_hooks import check_free, install, uninstall
 from stepweave.compat.proxy import Proxy
+from stepweave.compat.row_adapters import by_rows, detach
 from stepweave.compat.stateful_modules import GuardedJob, ModuleGuard
 from stepweave.compat.torch_state import DefaultRandom, Own, on_device
 from stepweave.compat.turn_taking import modules_in, swaps_processors
@@ -141,6 +142,7 @@ class EngineModules:
         if self._health.failure is None:
             with contained("move models off the GPU"), on_device(self._health.device):
                 self._offloading.offload()
+        detach(self._hooked)
         while self._hooked:
             uninstall(self._hooked.pop())
 
@@ -156,5 +158,5 @@ class EngineModules:
         return Target(name, module, function, cached=cached, processors=processors)
 
     def _around(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Add offloading and device health checks to a module's function."""
-        return self._health.guarded(self._offloading.around(module, function))
+        """Add offloading, device health checks, and adapters, to a module's function."""
+        return by_rows(self._health.guarded(self._offloading.around(module, function)))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from stepweave.compat.cpu_offload import pipelines_in
 from stepweave.compat.modular import loops_of
 from stepweave.compat.proxy import Proxy
+from stepweave.compat.row_adapters import Chosen
 from stepweave.outcome import Outcome
 from stepweave.previews.latents import Progressing, Tap
 from stepweave.truncation.prompts import Reader, warned
@@ -23,6 +24,7 @@ class PipelineJob(Progressing, Reader, Protocol):
 
     scope: PrivateScope
     scheduler: Any
+    adapters: Chosen
 
 
 def call_pipeline(
@@ -35,6 +37,7 @@ def call_pipeline(
     """
     try:
         with (
+            job.adapters.applied(),
             job.scope.lease(job.scheduler) as view,
             warned(view, [job]),
             track(view, job),

@@ -1,0 +1,259 @@
+"""Reads the file of a LoRA with diffusers' and PEFT's own loaders, and checks it.
+
+They change the modules that they load an adapter into. So they get modules without weights, of the
+same configuration, from which the adapter's layers are taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import re
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from stepweave.adapters.lora_layers import ADAPTER, adapter_layer
+from stepweave.compat.row_adapters import AdapterLayer
+from stepweave.errors import LoadError
+from stepweave.loading.checkpoint import read_header
+from stepweave.loading.reading import listed
+from stepweave.reasons import reason_of
+
+MOST_RANK = 1024
+
+# PEFT creates its layers while it replaces a method of torch's modules for all threads
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """An adapter in memory. `layers` are by the pipeline's own, `components` how many of each
+    component; `bytes` and `ranks` (the least and the largest) are those of its weights."""
+
+    name: str
+    number: int
+    layers: Mapping[nn.Module, AdapterLayer]
+    modules: Collection[nn.Module]
+    components: Mapping[str, int]
+    ranks: tuple[int, int]
+    bytes: int
+
+
+def takes_loras(pipeline: Any) -> bool:
+    """Whether diffusers can load LoRAs into this pipeline."""
+    return isinstance(pipeline, LoraBaseMixin)
+
+
+def read_lora(
+    file: Path,
+    name: str,
+    number: int,
+    pipeline: Any,
+    *,
+    device: torch.device,
+    twins: Mapping[str, Sequence[nn.Module]] = {},
+) -> Lora:
+    """Read a LoRA for the modules of `pipeline`, which stay as they are, onto `device`. `twins` are
+    modules with the same layers, by the component's name. Only safetensors are read.
+
+    Raises LoadError, naming the file.
+    """
+    if not takes_loras(pipeline):
+        raise LoadError(f"{type(pipeline).__name__} takes no LoRAs")
+    _check_tensors(file)
+    bare = _bare(pipeline)
+    with _loading, _messages() as messages:
+        try:
+            bare.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=ADAPTER,
+                use_safetensors=True, local_files_only=True,
+            )  # fmt: skip
+        except Exception as error:
+            reason = reason_of(error, file.parent)
+            raise LoadError(f"{file.name} does not fit this model: {reason}") from error
+    if messages:
+        raise LoadError(f"{file.name} does not fit this model: {messages[0]}")
+    try:
+        return _taken(name, number, pipeline, bare, device, twins)
+    except LoadError as error:
+        raise LoadError(f"{file.name}: {error.message}") from None
+
+
+def _check_tensors(file: Path) -> None:
+    """Raise LoadError for a file that is damaged, or has numbers that are not finite."""
+    read_header(file)
+    for key, tensor in load_file(file).items():
+        if not tensor.is_floating_point():
+            continue
+        # whose sum may exceed the numbers of the type itself
+        if not math.isfinite(float(tensor.double().sum())):
+            raise LoadError(f"{file.name}: {key} has numbers that are not finite")
+
+
+def _bare(pipeline: Any) -> Any:
+    """The pipeline with modules without weights, and only those that LoRAs are loaded into."""
+    bare = copy.copy(pipeline)
+    for name, value in vars(pipeline).items():
+        if isinstance(value, nn.Module):
+            loadable = name in pipeline._lora_loadable_modules
+            bare.__dict__[name] = _weightless(value) if loadable else None
+    return bare
+
+
+def _weightless(module: Any) -> Any:
+    """A module of the same configuration, all of whose weights are zeros that take no memory."""
+    with torch.device("meta"):
+        make = getattr(type(module), "from_config", type(module))
+        twin = make(module.config)
+    for part in twin.modules():
+        for key, value in part._parameters.items():
+            if value is not None:
+                zeros = torch.zeros((), dtype=module.dtype).expand(value.shape)
+                part._parameters[key] = nn.Parameter(zeros, requires_grad=False)
+        for key, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[key] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
+    if not isinstance(twin, diffusers.ModelMixin):
+        # that of transformers would initialise all weights
+        twin.load_adapter = lambda **given: _inject(twin, **given)
+    return twin
+
+
+def _inject(
+    module: nn.Module,
+    *,
+    adapter_name: str,
+    adapter_state_dict: dict[str, torch.Tensor],
+    peft_config: Any,
+    low_cpu_mem_usage: bool = False,
+) -> None:
+    inject_adapter_in_model(
+        peft_config, module, adapter_name=adapter_name, state_dict=adapter_state_dict,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )  # fmt: skip
+    found = set_peft_model_state_dict(
+        module, adapter_state_dict, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    if unknown := getattr(found, "unexpected_keys", None):
+        raise LoadError(f"it has {listed(sorted(unknown))}, which the model does not know")
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[list[str]]:
+    """What diffusers' loaders log of keys that they ignore; they log nothing else meanwhile."""
+    found: list[str] = []
+
+    class Handler(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            text = record.getMessage()
+            if re.search(r"unexpected keys|missing keys", text, re.IGNORECASE):
+                found.append(text.strip())
+            return False
+
+    handler = Handler()
+    loggers = [
+        logging.getLogger(f"diffusers.{name}")
+        for name in (
+            "loaders.peft", "loaders.lora_base", "loaders.lora_pipeline", "utils.peft_utils",
+            "loaders.lora_conversion_utils", "utils.state_dict_utils",
+        )
+    ]  # fmt: skip
+    for logger in loggers:
+        logger.addFilter(handler)
+    try:
+        yield found
+    finally:
+        for logger in loggers:
+            logger.removeFilter(handler)
+
+
+def _taken(
+    name: str,
+    number: int,
+    pipeline: Any,
+    bare: Any,
+    device: torch.device,
+    twins: Mapping[str, Sequence[nn.Module]],
+) -> Lora:
+    """The adapter that was loaded into the bare pipeline. Raises LoadError."""
+    layers: dict[nn.Module, AdapterLayer] = {}
+    modules: list[nn.Module] = []
+    components: dict[str, int] = {}
+    ranks: list[int] = []
+    held: dict[int, int] = {}
+    for component in pipeline._lora_loadable_modules:
+        loaded, own = getattr(bare, component, None), getattr(pipeline, component, None)
+        if loaded is None or own is None:
+            continue
+        _check_config(component, loaded)
+        every = (own, *twins.get(component, ()))
+        tuners = {
+            path: part for path, part in loaded.named_modules() if isinstance(part, BaseTunerLayer)
+        }
+        for path, tuner in tuners.items():
+            base = tuner.get_base_layer()
+            targets = [_layer_of(one, component, path, base) for one in every]
+            part = adapter_layer(tuner, targets[0], device)
+            layers |= dict.fromkeys(targets, part)
+            ranks += _ranks(tuner)
+            for value in _weights(tuner):
+                held[id(value)] = value.numel() * value.element_size()
+        if tuners:
+            modules += every
+            components[component] = len(tuners)
+    if not layers:
+        raise LoadError("it adapts no layer of this model")
+    if max(ranks, default=1) > MOST_RANK:
+        raise LoadError(f"its rank is {max(ranks)}; the limit is {MOST_RANK}")
+    least, most = min(ranks, default=0), max(ranks, default=0)
+    return Lora(name, number, layers, modules, components, (least, most), sum(held.values()))
+
+
+def _check_config(component: str, loaded: Any) -> None:
+    """Raise LoadError for an adapter that replaces weights of the model itself."""
+    config = getattr(loaded, "peft_config", {}).get(ADAPTER)
+    replaced = getattr(config, "modules_to_save", None)
+    if replaced or getattr(config, "bias", "none") != "none":
+        raise LoadError(f"it replaces weights of {component} itself, which all requests share")
+
+
+def _layer_of(module: nn.Module, component: str, path: str, bare: nn.Module) -> nn.Module:
+    """The layer of the pipeline's module that an adapter is for. Raises LoadError if its shape is
+    another."""
+    try:
+        layer = module.get_submodule(path)
+    except AttributeError:
+        raise LoadError(f"{component} has no layer {path}") from None
+    own = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    for size in ("in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
+        wanted, given = getattr(own, size, None), getattr(bare, size, None)
+        if wanted != given:
+            raise LoadError(f"{component}.{path}: its {size} is {given}; the model's is {wanted}")
+    return layer
+
+
+def _ranks(tuner: Any) -> list[int]:
+    rank = getattr(tuner, "r", {}).get(ADAPTER)
+    return [] if rank is None else [int(rank)]
+
+
+def _weights(tuner: BaseTunerLayer) -> Iterator[torch.Tensor]:
+    """The adapter's own tensors in PEFT's layer."""
+    for name in (*tuner.adapter_layer_names, *tuner.other_param_names):
+        group = getattr(tuner, name, None)
+        if isinstance(group, nn.Module):
+            yield from group.parameters()
+            yield from group.buffers()

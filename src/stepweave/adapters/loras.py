@@ -1,0 +1,360 @@
+"""The LoRAs that requests may name: found in a directory, read when first used, and kept in memory
+as far as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepweave.adapters.lora_files import Lora, read_lora
+from stepweave.compat.row_adapters import MOST_ADAPTERS, Chosen
+from stepweave.errors import LoadError, LoraError, LoraNotFoundError, did_you_mean, shown
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MOST_SCALE = 10.0  # of an adapter, positive or negative
+MAX_BYTES = 2**30
+_USUAL = "pytorch_lora_weights.safetensors"  # as diffusers saves one
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class LoraStats:
+    """What has happened since the start. `seconds` of reading, in all."""
+
+    loaded: int
+    bytes: int
+    loads: int
+    evictions: int
+    failures: int
+    seconds: float
+
+
+class Loras:
+    """LoRAs for the modules of one pipeline, by name. For any thread.
+
+    Args:
+        pipeline: a diffusers pipeline that takes LoRAs.
+        directory: each safetensors file in it, and each folder with one, is an adapter; it is read
+            again whenever a name is looked up.
+        files: others, by name.
+        max_bytes: of the adapters in memory. The one that was not used for longest leaves, but
+            none that a job uses.
+        device: where adapters are kept; the pipeline's by default.
+        twins: modules with the same layers, by the component's name.
+
+    >>> loras = Loras(pipeline, "loras")
+    >>> with StepEngine(pipeline, loras=loras) as engine:
+    ...     job = engine.submit(prompt=prompt, lora=[("rings", 0.8)])
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        directory: str | Path | None = None,
+        *,
+        files: Mapping[str, Path] | None = None,
+        max_bytes: int = MAX_BYTES,
+        device: torch.device | None = None,
+        twins: Mapping[str, Sequence[nn.Module]] | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._directory = None if directory is None else Path(directory)
+        self._files = dict(files or {})
+        self._max_bytes = max_bytes
+        own = getattr(pipeline, "_execution_device", "cpu")
+        self._device = torch.device(own) if device is None else device
+        self._twins = dict(twins or {})
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()  # the least recently used first
+        self._removed: set[str] = set()
+        self._failed: dict[str, tuple[_Version, str]] = {}
+        self._numbers: dict[tuple[str, bytes], int] = {}
+        self._ignored: set[str] = set()
+        self._loads = self._evictions = self._failures = 0
+        self._seconds = 0.0
+        self._reading = threading.Lock()  # one at a time
+        self._changed = threading.Condition()
+        self._waiting = False  # one waits for memory: others must not use it up first
+
+    def names(self) -> list[str]:
+        """The names of all adapters, sorted, whether they are in memory or not."""
+        return sorted(self._found())
+
+    def choose(self, lora: Iterable[tuple[str, float]]) -> Chosen:
+        """Adapters with their scales. Those that are not in memory are read first, which takes
+        seconds, and waits for memory while jobs use all of it.
+
+        Raises LoraNotFoundError; LoraError for one that cannot be used, and for other scales than
+        -10 to 10.
+        """
+        wanted = _checked(lora)
+        ready = self.ready(wanted)
+        if ready is not None:
+            return ready
+        with self._reading:
+            pinned: list[Chosen] = []
+            adapters = []
+            for name, scale in wanted:
+                adapter, pin = self._read(name)
+                pinned.append(pin)
+                adapters.append((adapter, scale))
+            return self._in_use(adapters)
+
+    def ready(self, lora: Iterable[tuple[str, float]]) -> Chosen | None:
+        """The same, at once; None if one of them is not in memory."""
+        wanted = _checked(lora)
+        versions = {name: self._version(name) for name, _ in wanted}
+        with self._changed:
+            if self._waiting:
+                return None
+            adapters = []
+            for name, scale in wanted:
+                kept = self._kept.get(name)
+                if kept is None or kept.version != versions[name]:
+                    return None
+                self._kept.move_to_end(name)
+                adapters.append((kept.adapter, scale))
+            return self._in_use(adapters)
+
+    def load(self, name: str) -> Lora:
+        """Have an adapter in memory, also one that was removed. Raises as `choose`."""
+        with self._reading:
+            self._removed.discard(name)
+            return self._read(name)[0]
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
+        it keep it. Raises LoraNotFoundError."""
+        self._place(name)
+        with self._changed:
+            self._removed.add(name)
+            self._kept.pop(name, None)
+            self._changed.notify_all()
+
+    def loaded(self) -> dict[str, Lora]:
+        """The adapters in memory, by name."""
+        with self._changed:
+            return {name: kept.adapter for name, kept in self._kept.items()}
+
+    def stats(self) -> LoraStats:
+        with self._changed:
+            return LoraStats(
+                len(self._kept), self._bytes(), self._loads, self._evictions, self._failures,
+                self._seconds,
+            )  # fmt: skip
+
+    # Files
+
+    def _found(self) -> dict[str, Path]:
+        """The files, by their adapters' names."""
+        found = dict(self._files)
+        for entry in _entries(self._directory):
+            name, file = _named(entry)
+            if file is None:
+                continue
+            if NAME.fullmatch(name):
+                found.setdefault(name, file)
+            elif entry.name not in self._ignored:
+                self._ignored.add(entry.name)
+                logger.warning(
+                    "%s is ignored: use 1 to 64 letters, digits and ._- in an adapter's name",
+                    shown(entry.name),
+                )
+        return {name: file for name, file in found.items() if name not in self._removed}
+
+    def _place(self, name: str) -> Path:
+        """The file of an adapter. Raises LoraNotFoundError."""
+        found = self._found()
+        if name in found:
+            return found[name]
+        hint = did_you_mean(name, found)
+        have = f"; this model has {', '.join(sorted(found)[:8])}" if found and not hint else ""
+        raise LoraNotFoundError(f"There is no LoRA {shown(name)}{hint}{have}.", param="lora")
+
+    def _version(self, name: str) -> _Version:
+        try:
+            return _version(self._place(name))
+        except OSError as error:
+            raise LoraError(f"The LoRA {shown(name)} cannot be read: {error.strerror}.") from None
+
+    # Memory
+
+    def _read(self, name: str) -> tuple[Lora, Chosen]:
+        """An adapter in memory, and what keeps it there. Held: `_reading`."""
+        version = self._version(name)
+        with self._changed:
+            kept = self._kept.get(name)
+            if kept is not None and kept.version == version:
+                self._kept.move_to_end(name)
+                return kept.adapter, self._in_use([(kept.adapter, 1.0)])
+            failed = self._failed.get(name)
+            if failed is not None and failed[0] == version:
+                raise LoraError(failed[1], param="lora")
+        began = time.monotonic()
+        try:
+            adapter = self._fresh(name, version)
+        except LoadError as error:
+            message = f"The LoRA {shown(name)} cannot be used: {error.message}."
+            with self._changed:
+                self._failures += 1
+                if _version_or_none(self._found().get(name)) == version:
+                    self._failed[name] = (version, message)
+            logger.warning("%s", message)
+            raise LoraError(message, param="lora") from error
+        seconds = time.monotonic() - began
+        with self._changed:
+            self._kept.pop(name, None)
+            self._make_room(adapter)
+            self._failed.pop(name, None)
+            self._kept[name] = _Kept(adapter, version)
+            self._loads += 1
+            self._seconds += seconds
+            pin = self._in_use([(adapter, 1.0)])
+        logger.info(
+            "LoRA %s: rank %s, %s, %.1f MiB (%.1f s)",
+            name, "-".join(map(str, dict.fromkeys(adapter.ranks))),
+            ", ".join(f"{count} layers of {part}" for part, count in adapter.components.items()),
+            adapter.bytes / 2**20, seconds,
+        )  # fmt: skip
+        return adapter, pin
+
+    def _fresh(self, name: str, version: _Version) -> Lora:
+        """Read an adapter. Raises LoadError."""
+        file = self._place(name)
+        if version.size > self._max_bytes:
+            raise LoadError(f"it has {version.size:,} bytes; the limit is {self._max_bytes:,}")
+        digest = _digest(file)
+        number = self._numbers.setdefault((name, digest), len(self._numbers) + 1)
+        adapter = read_lora(
+            file, name, number, self._pipeline, device=self._device, twins=self._twins
+        )
+        if _version(file) != version:
+            raise LoadError(f"{file.name} has changed while it was read; try again")
+        if adapter.bytes > self._max_bytes:
+            raise LoadError(f"it takes {adapter.bytes:,} bytes; the limit is {self._max_bytes:,}")
+        return adapter
+
+    def _make_room(self, adapter: Lora) -> None:
+        """Wait until there is memory for an adapter. Held: `_changed`."""
+        while self._bytes() + adapter.bytes > self._max_bytes:
+            unused = next((name for name, kept in self._kept.items() if not kept.users), None)
+            if unused is None:
+                self._waiting = True
+                try:
+                    # a job's end notifies, but in CPython alone at once
+                    self._changed.wait(1.0)
+                finally:
+                    self._waiting = False
+                continue
+            del self._kept[unused]
+            self._evictions += 1
+
+    def _bytes(self) -> int:
+        return sum(kept.adapter.bytes for kept in self._kept.values())
+
+    def _in_use(self, adapters: Sequence[tuple[Lora, float]]) -> Chosen:
+        """Adapters for a job, which are in use until it lets go of them."""
+        chosen = Chosen(adapters)
+        with self._changed:
+            for adapter, _ in adapters:
+                kept = self._kept.get(adapter.name)
+                if kept is not None and kept.adapter is adapter:
+                    kept.users.add(chosen)
+        weakref.finalize(chosen, self._notify).atexit = False
+        return chosen
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What tells a file from the one that was there before."""
+
+    inode: int
+    size: int
+    changed: int  # nanoseconds
+
+
+class _Kept:
+    """An adapter in memory, and the jobs that use it."""
+
+    def __init__(self, adapter: Lora, version: _Version) -> None:
+        self.adapter = adapter
+        self.version = version
+        self.users: weakref.WeakSet[Chosen] = weakref.WeakSet()
+
+
+def _checked(lora: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Names and scales, once they are allowed. Raises LoraError."""
+    wanted = [(name, float(scale)) for name, scale in lora]
+    if len(wanted) > MOST_ADAPTERS:
+        raise LoraError(f"{len(wanted)} LoRAs; the limit is {MOST_ADAPTERS}.", code="invalid_value")
+    for i, (name, scale) in enumerate(wanted):
+        if not -MOST_SCALE <= scale <= MOST_SCALE:
+            raise LoraError(
+                f"The scale of the LoRA {shown(name)} is {scale:g}; it must be "
+                f"-{MOST_SCALE:g} to {MOST_SCALE:g}.",
+                code="invalid_value", param=f"lora[{i}].scale",
+            )  # fmt: skip
+        if name in (other for other, _ in wanted[:i]):
+            raise LoraError(
+                f"The LoRA {shown(name)} is named twice.", code="invalid_value", param=f"lora[{i}]"
+            )
+    return wanted
+
+
+def _entries(directory: Path | None) -> list[Path]:
+    try:
+        return [] if directory is None else sorted(directory.iterdir())
+    except OSError as error:
+        logger.warning("the directory of LoRAs cannot be read: %s", error.strerror)
+        return []
+
+
+def _named(entry: Path) -> tuple[str, Path | None]:
+    """The name of an adapter, and its file; None if the entry is none."""
+    if entry.name.startswith("."):
+        return entry.name, None
+    if entry.is_dir():
+        files = sorted(entry.glob("*.safetensors"))
+        usual = [file for file in files if file.name == _USUAL]
+        return entry.name, (usual or (files if len(files) == 1 else [None]))[0]  # type: ignore[list-item]
+    return entry.stem, entry if entry.suffix == ".safetensors" else None
+
+
+def _version(file: Path) -> _Version:
+    stat = file.stat()
+    return _Version(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def _version_or_none(file: Path | None) -> _Version | None:
+    try:
+        return None if file is None else _version(file)
+    except OSError:
+        return None
+
+
+def _digest(file: Path) -> bytes:
+    hasher = hashlib.blake2b(digest_size=16)
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                hasher.update(chunk)
+    except OSError as error:
+        raise LoadError(f"{file.name}: {error.strerror}") from None
+    return hasher.digest()
