@@ -59,6 +59,7 @@ Code = Literal[  # explained in docs/http.md
     "engine_stuck",
     "expired",
     "file_too_large",
+    "forbidden",
     "generation_failed",
     "idempotency_conflict",
     "image_not_found",
@@ -260,6 +261,14 @@ class NotFoundError(RequestError):
 
     status = 404
     code = "not_found"
+
+
+class ForbiddenError(RequestError):
+    """The API key may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
 
 
 class LoraNotFoundError(NotFoundError):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError, from_json
 
 from stepweave.resource import Resource, absent
 
@@ -23,6 +24,58 @@ MAX_TAG = 128  # characters
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 SIZE = r"^[1-9][0-9]*x[1-9][0-9]*$"
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
+
+
+MOST_LORAS = 8  # of a request
+MOST_LORA_SCALE = 10.0
+_LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
+
+
+class Lora(BaseModel):
+    """An adapter of the model's weights, and how much of it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=128, description="As `GET /v1/models` lists it.")
+    scale: float = Field(
+        1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE, description="Its share; 1 is all of it."
+    )
+
+
+def _loras(value: Any) -> Any:
+    """LoRAs as a list of objects, however they are written: `rings`, `rings:0.8,chalk`, a list of
+    such texts; in forms, JSON."""
+    if isinstance(value, str):
+        if value.lstrip()[:1] in ("[", "{"):
+            try:
+                value = from_json(value)
+            except ValueError:
+                raise PydanticCustomError("lora", _LORA_TEXT) from None
+        else:
+            value = value.split(",")
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) > MOST_LORAS:  # before each of them becomes an error
+        raise PydanticCustomError(
+            "lora", "{count} LoRAs; the limit is {limit}",
+            {"count": len(value), "limit": MOST_LORAS},
+        )  # fmt: skip
+    return [_lora_of_text(item) if isinstance(item, str) else item for item in value]
+
+
+def _lora_of_text(text: str) -> dict[str, Any]:
+    name, colon, scale = text.strip().partition(":")
+    if not colon:
+        return {"name": name}
+    try:
+        return {"name": name, "scale": float(scale)}
+    except ValueError:
+        raise PydanticCustomError("lora", _LORA_TEXT) from None
+
+
+Loras = Annotated[list[Lora], BeforeValidator(_loras), Field(min_length=1, max_length=MOST_LORAS)]
 
 
 class ImageRequest(BaseModel):
@@ -50,6 +103,12 @@ class ImageRequest(BaseModel):
     )
     scheduler: str | None = Field(
         None, description="Class name of a scheduler that `GET /v1/models` lists."
+    )
+    lora: Loras | None = Field(
+        None,
+        description="LoRAs for this image, in order: objects of `name` and `scale`, or texts as "
+        "`rings` and `rings:0.8`.",
+        examples=[[{"name": "rings", "scale": 0.8}]],
     )
     reproducible: bool = Field(
         False, description="Bitwise the pipeline's own image, without batching."
@@ -132,6 +191,7 @@ class Parameters:
     sources: Sources | None = None  # of an edit
     request_tag: str | None = None  # the client's own text
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the pipeline
+    lora: tuple[tuple[str, float], ...] = ()  # names and scales, in order
     # names of components beside the model, by the request's field
     components: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -150,6 +210,8 @@ class Parameters:
                 values[name] = value
         if self.reproducible:
             values["reproducible"] = True
+        if self.lora:
+            values["lora"] = [{"name": name, "scale": scale} for name, scale in self.lora]
         for name, names in self.components:
             values[name] = names[0] if len(names) == 1 else list(names)
         return values | dict(self.arguments)
@@ -170,6 +232,7 @@ class ResolvedParameters(Resource):
     guidance_rescale: float | None = absent(ge=0, le=1, description="As it was sent.")
     scheduler: str | None = absent()
     strength: float | None = absent(description="Of edits.")
+    lora: list[Lora] | None = absent()
     reproducible: bool | None = absent()
     request_tag: str | None = absent(description="As it was sent.")
     n: int = Field(ge=1)
@@ -182,7 +245,7 @@ class ResolvedParameters(Resource):
     def of(cls, request: ImageRequest, parameters: Parameters, scheduler: str | None) -> Self:
         """`scheduler` is the pipeline's own."""
         values = {name: getattr(request, name, None) for name in cls.model_fields}
-        values |= {"scheduler": scheduler, "n": parameters.n}
+        values |= {"scheduler": scheduler, "n": parameters.n, "lora": None}
         values["reproducible"] = parameters.reproducible
         return cls(**values | parameters.of_image(0))
 

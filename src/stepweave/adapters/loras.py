@@ -93,6 +93,11 @@ class Loras:
         """The names of all adapters, sorted, whether they are in memory or not."""
         return sorted(self._found())
 
+    def check(self, lora: Iterable[tuple[str, float]]) -> None:
+        """Raise what `choose` does for names and scales."""
+        for name, _ in _checked(lora):
+            self._place(name)
+
     def choose(self, lora: Iterable[tuple[str, float]]) -> Chosen:
         """Adapters with their scales. Those that are not in memory are read first, which takes
         seconds, and waits for memory while jobs use all of it.

@@ -206,9 +206,35 @@ class Model(Resource):
     stepweave: ModelDetails
 
 
+class LoraModel(Resource):
+    """A LoRA of the model, as OpenAI describes a model: `id` is what requests may call `model`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["stepweave"] = "stepweave"
+    root: str = Field(description="Its name in `lora`.")
+    parent: str = Field(description="The model that it is for.")
+    loaded: bool = Field(description="Whether it is in memory; others are read when named.")
+    bytes: int | None = Field(description="Of its weights in memory.")
+    rank: int | None = Field(description="The largest of its layers.")
+    components: list[str] | None = Field(description="The parts of the model that it changes.")
+
+
+class LoraList(Resource):
+    object: Literal["list"] = "list"
+    data: list[LoraModel]
+
+
+class LoraRemoved(Resource):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class ModelList(Resource):
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[Model | LoraModel] = Field(description="The model, then its LoRAs.")
 
 
 class JobList(Resource):

@@ -145,6 +145,7 @@ def image_answer(answer: Answer) -> Response:
         f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
         for name, value in file.values.items()
         if "prompt" not in name
+        and not isinstance(value, list)
         and (name in ResolvedParameters.model_fields or isinstance(value, (int, float)))
     }
     if file.flagged:

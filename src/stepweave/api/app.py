@@ -14,6 +14,7 @@ from stepweave.api.responses import handle_error
 from stepweave.api.routes.diffusers_example import DiffusersExampleRoutes
 from stepweave.api.routes.documentation import DocumentationRoutes
 from stepweave.api.routes.jobs import JobRoutes
+from stepweave.api.routes.loras import LoraRoutes
 from stepweave.api.routes.open_inference import OpenInferenceRoutes
 from stepweave.api.routes.openai import OpenAIRoutes
 from stepweave.api.routes.root import RootRoutes
@@ -37,6 +38,7 @@ class Api:
     def app(self) -> Starlette:
         surfaces = (
             OpenAIRoutes,
+            LoraRoutes,
             JobRoutes,
             OpenInferenceRoutes,
             DiffusersExampleRoutes,

@@ -15,6 +15,7 @@ from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, In
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.routes.documentation import FILES
 from stepweave.api.routes.jobs import MAX_LIST
+from stepweave.api.routes.loras import LoraRequest
 from stepweave.api.schemas import (
     BentoMLEditBody,
     BentoMLEditRequest,
@@ -30,6 +31,7 @@ from stepweave.errors import (
     BodyTooLargeError,
     ConflictError,
     DeadlineExceededError,
+    ForbiddenError,
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
@@ -60,7 +62,7 @@ WORK: Errors = (
     UnavailableError,
     DeadlineExceededError,
 )
-ERRORS: Errors = (*EVERYWHERE, *WORK, AuthenticationError)
+ERRORS: Errors = (*EVERYWHERE, *WORK, AuthenticationError, ForbiddenError)
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     GenerationRequest,
@@ -73,6 +75,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     DiffusersExampleRequest,
     InferenceRequest,
     IndexRequest,
+    LoraRequest,
 )
 
 
@@ -138,6 +141,7 @@ _TOKEN = (
     "Only with `Authorization: Bearer TOKEN`, of the file `drain-token` in the server's state "
     "directory; 404 without it."
 )
+_ADMIN = "Only with a key that is marked `admin`; disabled (404) unless API keys are set."
 WARNINGS_HEADER = {
     "X-Stepweave-Warnings": header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")
 }
@@ -409,17 +413,44 @@ def operations(names: ModelNames | None) -> list[Operation]:
             _get(
                 "/v1/models",
                 "listModels",
-                "The model that is served",
-                _ok("One.", bodies.ModelList),
+                "The model that is served, and its LoRAs",
+                _ok("The model first.", bodies.ModelList),
                 UnavailableError,
             ),
             _get(
                 "/v1/models/{id}",
                 "getModel",
                 "What the model takes",
-                _ok("The model.", bodies.Model),
+                _ok("The model, or a LoRA.", (bodies.Model, bodies.LoraModel)),
                 *NAMED,
                 parameters=(_model("id", names),),
+            ),
+            _get(
+                "/v1/loras",
+                "listLoras",
+                "The LoRAs that requests may name",
+                _ok("Sorted by name.", bodies.LoraList),
+                UnavailableError,
+            ),
+            Operation(
+                "post",
+                "/v1/loras",
+                "loadLora",
+                "Have a LoRA in memory",
+                _ok("The LoRA.", bodies.LoraModel),
+                (*READING, *NAMED, ForbiddenError, RequestCancelledError),
+                body={JSON: LoraRequest},
+                description=f"It is one of the directory of `STEPWEAVE_LORAS`. {_ADMIN}",
+            ),
+            Operation(
+                "delete",
+                "/v1/loras/{name}",
+                "removeLora",
+                "Offer a LoRA no more, until it is loaded again",
+                _ok("It is removed.", bodies.LoraRemoved),
+                (*NAMED, ForbiddenError),
+                (_parameter("path", "name", "The LoRA's name."),),
+                description=f"Jobs that have it keep it. {_ADMIN}",
             ),
         ),
         *_tagged(

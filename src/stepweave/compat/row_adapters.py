@@ -105,12 +105,17 @@ class AdapterSource(Protocol):
 
 
 def chosen(
-    source: AdapterSource | None, lora: Sequence[tuple[str, float]], kwargs: Mapping[str, Any]
+    source: AdapterSource | None,
+    lora: Sequence[tuple[str, float]] | Chosen,
+    kwargs: Mapping[str, Any],
 ) -> Chosen:
-    """The adapters that a job names. As in diffusers, a `scale` among the pipeline's arguments for
-    attention multiplies theirs. Raises EngineMisuseError if there is no source."""
+    """The adapters that a job names, unless they are chosen already. As in diffusers, a `scale`
+    among the pipeline's arguments for attention multiplies theirs. Raises EngineMisuseError if
+    there is no source."""
     if not lora:
         return NONE
+    if isinstance(lora, Chosen):
+        return lora
     if source is None:
         raise EngineMisuseError("The engine has no adapters: make it with loras=stepweave.Loras().")
     factor = 1.0

@@ -14,6 +14,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "preset",
         "components",
         "embeddings",
+        "loras",
+        "lora_bytes",
     ),
     "Device and weights": ("device", "dtype", *OPTIMIZATIONS, "cpu_threads"),
     "Batching": (

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stepweave.config.components import ComponentsValue
 from stepweave.config.engine import Mode
+from stepweave.config.loras import LorasValue
 from stepweave.config.preset import SETTING, Preset
 from stepweave.config.values import Clients, ModelNames, Names, PresetValue, Quantization
 from stepweave.errors import ConfigError, did_you_mean, shown
@@ -119,6 +120,18 @@ class Settings(BaseSettings):
         min_length=1,
         description="Directory of textual inversions, `.safetensors` files; a prompt uses one by "
         "its file's name without the ending.",
+    )
+    loras: LorasValue = Field(
+        None,
+        description="LoRAs that requests may name: a directory, each of whose `.safetensors` files "
+        "and folders is one; and, separated by commas, `NAME=OWNER/REPOSITORY@COMMIT:FILE` of the "
+        "hub. Unset: the model's own directory `loras`, if it has one.",
+    )
+    lora_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        description="Memory for LoRAs, in bytes. What is not in it is read when a request names "
+        "it; the one that was not used for longest leaves.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."

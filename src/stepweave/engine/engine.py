@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import torch
 
 from stepweave.baselines.thread_pool import ThreadPool
-from stepweave.compat.row_adapters import chosen
+from stepweave.compat.row_adapters import Chosen, chosen
 from stepweave.compat.torch_state import draw_seed
 from stepweave.config.engine import EngineConfig, EngineLimits, Mode
 from stepweave.engine.loop import StepLoop
@@ -105,7 +105,7 @@ class StepEngine(Estimates):
         priority: PriorityName = "normal",
         observer: Observer | None = None,
         pipeline: Any = None,
-        lora: Sequence[tuple[str, float]] = (),
+        lora: Sequence[tuple[str, float]] | Chosen = (),
         **kwargs: Any,
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.

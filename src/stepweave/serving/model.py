@@ -12,6 +12,7 @@ from typing import Any
 from stepweave.adapters.beside import Added
 from stepweave.adapters.control_pipelines import guides_of
 from stepweave.adapters.embeddings import Embedding
+from stepweave.adapters.loras import Loras
 from stepweave.calls import RequestFields, described, fields_of
 from stepweave.config import Settings
 from stepweave.config.components import IP_ADAPTER
@@ -109,9 +110,11 @@ class ServedModel:
         settings: Settings,
         added: Mapping[str, Added] = MappingProxyType({}),
         embeddings: Sequence[Embedding] = (),
+        loras: Loras | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.embeddings = embeddings
+        self.loras = loras
         self.settings = settings
         self.preset = preset = settings.preset_over(preset)
         check_served(pipeline, preset.call)
@@ -252,6 +255,7 @@ class ServedModel:
         n: int = 1,
         strength: float | None = None,
         sources: Sources | None = None,
+        model: str | None = None,
         rehearse: bool = True,
     ) -> Parameters:
         """Fill in the defaults and check every value. Raises InvalidRequestError with value and
@@ -260,6 +264,7 @@ class ServedModel:
         With `sources` it is an edit, whose default size is the allowed one nearest to its source's.
         Without `rehearse`, the caller must call `check_steps`.
         """
+        lora = self._lora(request, model)
         asked = request.arguments()
         components = chosen(asked, self.pipelines.components())
         kind, pipeline = kind_of(sources, components), self.pipeline_for(sources, components)
@@ -313,11 +318,31 @@ class ServedModel:
             sources=sources,
             arguments=given,
             components=components,
+            lora=lora,
             **passed,
         )
         if rehearse:
             self.check_steps(parameters)
         return parameters
+
+    def named(self, model: str, param: str | None = None) -> str | None:
+        """The LoRA that a request means by a name of a model; see `ModelNames.check`."""
+        return self.names.check(model, param, () if self.loras is None else self.loras.names())
+
+    def _lora(self, request: ImageRequest, model: str | None) -> tuple[tuple[str, float], ...]:
+        """The LoRAs of a request, also that which its model is called by. Raises NotFoundError, and
+        InvalidRequestError."""
+        meant = None if model is None else self.named(model, "model")
+        given = [] if meant is None else [(meant, 1.0)]
+        given += [(one.name, one.scale) for one in request.lora or ()]
+        if given and self.loras is None:
+            raise InvalidRequestError(
+                f"lora is set, but {self.pipeline_class} has none here; STEPWEAVE_LORAS sets them.",
+                param="lora", code="unsupported",
+            )  # fmt: skip
+        if given and self.loras is not None:
+            self.loras.check(given)
+        return tuple(given)
 
     def _check_names(self, given: Collection[str], kind: Kind, pipeline: Any) -> None:
         """Raise InvalidRequestError for an argument that only another kind of request has."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from stepweave.config import Settings
 from stepweave.config.preset import Preset, read_preset
 from stepweave.config.values import ANY, MAX_NAME
-from stepweave.errors import LoadError, NotFoundError, shown
+from stepweave.errors import LoadError, NotFoundError, did_you_mean, shown
 
 
 class ModelNames:
@@ -29,13 +29,29 @@ class ModelNames:
         any_takes = self.any and 1 <= len(name) <= MAX_NAME and ":" not in name
         return any_takes or name in self.listed
 
-    def check(self, name: str, param: str | None = None) -> None:
-        """Raise NotFoundError about `param` unless a request may use this name."""
+    def check(self, name: str, param: str | None = None, loras: Collection[str] = ()) -> str | None:
+        """The LoRA of `loras` that a request means by this name of a model, as `rings` or
+        `shapes:rings`; None for the model itself. Raises NotFoundError about `param` unless a
+        request may use it."""
+        if name in self.listed:
+            return None
+        base, colon, lora = name.rpartition(":")
+        if lora in loras and (not colon or self.take(base)):
+            return lora
+        if colon and loras and self.take(base):
+            raise NotFoundError(
+                f"{shown(base)} has no LoRA {shown(lora)}{did_you_mean(lora, loras)}; GET "
+                "/v1/models lists them.",
+                code="lora_not_found", param=param,
+            )  # fmt: skip
         if not self.take(name):
-            raise NotFoundError(self.refusal(name), code="model_not_found", param=param)
+            raise NotFoundError(self.refusal(name, loras), code="model_not_found", param=param)
+        return None
 
-    def refusal(self, name: str) -> str:
+    def refusal(self, name: str, loras: Collection[str] = ()) -> str:
         """Why a request may not use this name, and what to do."""
+        if hint := did_you_mean(name, loras):
+            return f"There is no model and no LoRA {shown(name)}{hint}."
         if self.any:
             return (
                 f"There is no model {shown(name)}: STEPWEAVE_MODEL_NAMES has *, any name of 1 to "

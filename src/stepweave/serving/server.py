@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.calls import NONE, RequestFields
-from stepweave.errors import NoImagesError
+from stepweave.errors import DeadlineExceededError, NoImagesError
 from stepweave.images.encode import check_file
 from stepweave.parameters import Parameters
 from stepweave.serving.admission import Reservation
@@ -63,7 +64,7 @@ class Server(Lifecycle):
     def named(self, model: str, *, param: str | None = None) -> ServedModel:
         """The model. Raises NotFoundError about `param` for another name, and UnavailableError."""
         served, _ = self.ready()
-        served.names.check(model, param)
+        served.named(model, param)
         return served
 
     async def submit(self, submission: Submission) -> Followed:
@@ -94,10 +95,13 @@ class Server(Lifecycle):
         began = time.monotonic()
         request = submission.request
         served, _ = self.ready(submission.reservation)
-        if submission.model is not None:
-            served.names.check(submission.model, "model")
         parameters = served.resolve(
-            request, n=submission.n, strength=submission.strength, sources=sources, rehearse=False
+            request,
+            n=submission.n,
+            strength=submission.strength,
+            sources=sources,
+            model=submission.model,
+            rehearse=False,
         )
         if served.knows_steps(parameters):
             served.check_steps(parameters)
@@ -110,7 +114,27 @@ class Server(Lifecycle):
             call = served.call(parameters)
         else:  # resizes the images
             call = await on_thread(None, served.call, parameters)
-        return self._enter_engine(submission, parameters, call, began)
+        lora = await self._loras_of(served, parameters, request.deadline_ms)
+        return self._enter_engine(submission, parameters, call, lora, began)
+
+    async def _loras_of(
+        self, served: ServedModel, parameters: Parameters, deadline_ms: int | None
+    ) -> Any:
+        """The LoRAs of a request, in memory. Others go on meanwhile. Raises LoraError,
+        DeadlineExceededError."""
+        if not parameters.lora:
+            return ()
+        assert served.loras is not None
+        ready = served.loras.ready(parameters.lora)
+        if ready is not None:
+            return ready
+        try:
+            async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
+                return await on_thread(self.readers, served.loras.choose, parameters.lora)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"deadline_ms is {deadline_ms}; the LoRAs were not in memory until then."
+            ) from None
 
     @property
     def places(self) -> int:
@@ -128,7 +152,12 @@ class Server(Lifecycle):
         return self._admission.reserve(token, client, joins=joins)
 
     def _enter_engine(
-        self, submission: Submission, parameters: Parameters, call: dict[str, Any], began: float
+        self,
+        submission: Submission,
+        parameters: Parameters,
+        call: dict[str, Any],
+        lora: Any,
+        began: float,
     ) -> ActiveRequest:
         served, engine = self.ready(submission.reservation)
         request, sources, admission = submission.request, parameters.sources, self._admission
@@ -169,7 +198,9 @@ class Server(Lifecycle):
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
             active.begin(
-                engine.submit(**options, deadline=left, observer=active), expected, timed=timed
+                engine.submit(**options, lora=lora, deadline=left, observer=active),
+                expected,
+                timed=timed,
             )
         except BaseException:
             admission.leave()

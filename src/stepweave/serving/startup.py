@@ -50,6 +50,7 @@ def load(
     enter("importing", 0.05, "importing torch and diffusers")
     from stepweave.adapters.beside import load_beside
     from stepweave.adapters.embeddings import load_embeddings
+    from stepweave.adapters.served_loras import loras_of
     from stepweave.compat.modular import is_modular, with_declared_call
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
@@ -87,7 +88,8 @@ def load(
 
     merged = settings.preset_over(preset)
     added = load_beside(settings, merged, pipeline, device, dtype, on_begin)
-    model = ServedModel(pipeline, preset, settings, added, embeddings)
+    loras = loras_of(settings, pipeline, added, device)
+    model = ServedModel(pipeline, preset, settings, added, embeddings, loras)
     # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
         None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
@@ -103,6 +105,7 @@ def load(
         policy=policy,
         on_step=on_step,
         beside=model.pipelines.modules(),
+        loras=loras,
     )
     try:
         model.drop_edits(engine)

@@ -42,6 +42,7 @@ from stepweave.api.forms import (
 from stepweave.api.idempotency import submission_of
 from stepweave.api.model_fields import with_fields
 from stepweave.api.responses import answer, json_answer
+from stepweave.api.routes.loras import described_loras
 from stepweave.api.schemas import (
     EditBody,
     EditRequest,
@@ -180,11 +181,14 @@ class OpenAIRoutes:
         return await json_answer(await generation_of(made, base, jobs.files))
 
     async def models(self, request: Request) -> Response:
-        return answer(ModelList(data=[self._described()]))
+        return answer(ModelList(data=[self._described(), *described_loras(self.server)]))
 
     async def model(self, request: Request) -> Response:
-        self.server.named(request.path_params["id"])
-        return answer(self._described())
+        id = request.path_params["id"]
+        lora = self.server.ready()[0].named(id)
+        if lora is None:
+            return answer(self._described())
+        return answer(next(one for one in described_loras(self.server) if one.root == lora))
 
     def _described(self) -> Model:
         model, engine = self.server.ready()

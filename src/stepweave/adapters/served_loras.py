@@ -1,0 +1,98 @@
+"""The LoRAs of a server, as its settings say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from stepweave.adapters.beside import Added
+from stepweave.adapters.lora_files import takes_loras
+from stepweave.adapters.loras import Loras
+from stepweave.config import Settings
+from stepweave.config.loras import HubLora
+from stepweave.errors import LoadError
+from stepweave.loading.hub import explained
+
+logger = logging.getLogger(__name__)
+
+OWN = "loras"  # the directory in a model's
+
+
+def loras_of(
+    settings: Settings, pipeline: Any, added: Mapping[str, Added], device: torch.device
+) -> Loras | None:
+    """The LoRAs that requests may name; None if there is no place for them, or the pipeline takes
+    none. Those of the hub are downloaded.
+
+    Raises LoadError for settings with which none can be used.
+    """
+    places = settings.loras
+    if places is None:
+        folder = settings.model_directory()
+        own = None if folder is None else folder / OWN
+        if own is None or not own.is_dir():
+            return None
+        if why := _why_none(settings, pipeline):
+            logger.info("the model's LoRAs are not offered: %s", why)
+            return None
+        return Loras(
+            pipeline, own, max_bytes=settings.lora_bytes, device=device, twins=_twins(added)
+        )
+    if why := _why_none(settings, pipeline):
+        raise LoadError(f"STEPWEAVE_LORAS: {why}")
+    if places.directory is not None and not places.directory.is_dir():
+        raise LoadError(f"STEPWEAVE_LORAS: {places.directory.name!r} is no directory")
+    return Loras(
+        pipeline,
+        places.directory,
+        files={name: _downloaded(name, one) for name, one in places.hub.items()},
+        max_bytes=settings.lora_bytes,
+        device=device,
+        twins=_twins(added),
+    )
+
+
+def _why_none(settings: Settings, pipeline: Any) -> str | None:
+    """Why no LoRA can be used, or None."""
+    if not takes_loras(pipeline):
+        return f"{type(pipeline).__name__} takes no LoRAs"
+    for setting, on in (
+        ("OFFLOAD", settings.offload != "off"),
+        ("QUANTIZATION", settings.quantization is not None),
+        ("COMPILE", settings.compile),
+    ):
+        if on:
+            return f"they cannot be used with STEPWEAVE_{setting}"
+    return None
+
+
+def _twins(added: Mapping[str, Added]) -> dict[str, list[nn.Module]]:
+    """Modules of components with the same layers as the model's, by its name for these."""
+    found: dict[str, list[nn.Module]] = {}
+    for one in added.values():
+        for name, part in one.parts.items():
+            if name in ("unet", "transformer") and isinstance(part, nn.Module):
+                found.setdefault(name, []).append(part)
+    return found
+
+
+def _downloaded(name: str, one: HubLora) -> Path:
+    """The file of a LoRA of the hub. Raises LoadError."""
+    with explained(one.repository, one.commit):
+        folder = snapshot_download(
+            one.repository, revision=one.commit, allow_patterns=[one.file or "*.safetensors"]
+        )
+    files = [Path(folder) / one.file] if one.file else sorted(Path(folder).glob("*.safetensors"))
+    if len(files) != 1 or not files[0].is_file():
+        names = ", ".join(file.name for file in files) or "none"
+        raise LoadError(
+            f"STEPWEAVE_LORAS: {name}: {one.repository} must have one .safetensors file, or say "
+            f"which after the commit, as :FILE.safetensors; it has {names}"
+        )
+    return files[0]

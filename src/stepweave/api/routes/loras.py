@@ -1,0 +1,103 @@
+"""The LoRAs of the model: which there are, and by administrators, which may be used."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from stepweave.adapters.loras import Loras
+from stepweave.api.answer_schemas import LoraList, LoraModel, LoraRemoved
+from stepweave.api.bodies import whole_body
+from stepweave.api.context import context_of
+from stepweave.api.responses import answer
+from stepweave.api.schemas import parse, require_json
+from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
+from stepweave.serving.server import Server
+from stepweave.threads import on_thread
+
+
+class LoraRequest(BaseModel):
+    """Body of `POST /v1/loras`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(
+        min_length=1, max_length=128, description="A file or folder of the directory of LoRAs."
+    )
+
+
+class LoraRoutes:
+    """The handlers, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/loras", self.list, methods=["GET"]),
+            Route("/v1/loras", self.load, methods=["POST"]),
+            Route("/v1/loras/{name}", self.remove, methods=["DELETE"]),
+        ]
+
+    async def list(self, request: Request) -> Response:
+        return answer(LoraList(data=described_loras(self.server)))
+
+    async def load(self, request: Request) -> Response:
+        """Read a file of the directory into memory, and offer it if it was removed."""
+        self._check_admin(request)
+        require_json(request.headers.get("content-type", ""))
+        async with whole_body(request) as content:
+            name = parse(content, LoraRequest).name
+        await on_thread(self.server.readers, self._loras().load, name)
+        return answer(next(one for one in described_loras(self.server) if one.root == name))
+
+    async def remove(self, request: Request) -> Response:
+        """Offer it no more; jobs that have it keep it."""
+        self._check_admin(request)
+        name = request.path_params["name"]
+        self._loras().remove(name)
+        return answer(LoraRemoved(id=name))
+
+    def _loras(self) -> Loras:
+        model, _ = self.server.ready()
+        if model.loras is None:
+            raise LoraNotFoundError(f"{model.id} has no LoRAs: STEPWEAVE_LORAS sets them.")
+        return model.loras
+
+    def _check_admin(self, request: Request) -> None:
+        """Raise NotFoundError without API keys, ForbiddenError for a key that is no
+        administrator's."""
+        if not self.server.keys.required:
+            raise NotFoundError(
+                "LoRAs are loaded and removed by an administrator's API key, and this server has "
+                "no keys (STEPWEAVE_API_KEYS_FILE)."
+            )
+        client = context_of(request.scope).client
+        if client is None or not client.admin:
+            raise ForbiddenError(
+                "LoRAs are loaded and removed by an administrator's API key; this one is not "
+                "marked `admin`."
+            )
+
+
+def described_loras(server: Server) -> list[LoraModel]:
+    """The LoRAs of the model, as models of which it is the parent."""
+    model, _ = server.ready()
+    if model.loras is None:
+        return []
+    loaded = model.loras.loaded()
+    return [
+        LoraModel(
+            id=f"{model.id}:{name}",
+            created=server.created,
+            root=name,
+            parent=model.id,
+            loaded=name in loaded,
+            bytes=loaded[name].bytes if name in loaded else None,
+            rank=loaded[name].ranks[1] if name in loaded else None,
+            components=sorted(loaded[name].components) if name in loaded else None,
+        )
+        for name in model.loras.names()
+    ]
