@@ -75,11 +75,13 @@ def test_an_autoencoder_is_for_requests_that_name_it_or_replaces_the_models(
     settings: Any, base: Any, tmp_path: Path
 ) -> None:
     own = base.vae
+    own.enable_tiling()
     torch.manual_seed(1)
     autoencoder().save_pretrained(tmp_path / "vae")
     source = str(tmp_path / "vae")
     [named] = load(settings(mse=source), base).values()
     assert base.vae is own and named.field == "vae" and not named.default
+    assert named.model.use_tiling and not named.model.use_slicing
     added = load(settings(other=source, mse={"source": source, "default": True}), base)
     assert base.vae is added["mse"].model and base.vae is not added["other"].model
     assert not torch.equal(base.vae.decoder.conv_in.weight, own.decoder.conv_in.weight)

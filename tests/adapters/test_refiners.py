@@ -189,6 +189,32 @@ def test_what_is_equal_is_shared_and_what_is_not_is_loaded(
     assert load_refiner(folder / "refiner", base, torch.float32).vae is not base.vae
 
 
+def test_what_is_null_is_the_models(folder: Path, base: Any, tmp_path: Path) -> None:
+    save_refiner(base, tmp_path / "it", text_encoder_2=None, tokenizer_2=None)
+    index = json.loads((tmp_path / "it" / "model_index.json").read_text())
+    index["vae"] = [None, None]
+    (tmp_path / "it" / "model_index.json").write_text(json.dumps(index))
+    second = load_refiner(tmp_path / "it", base, torch.float32)
+    assert second.text_encoder_2 is base.text_encoder_2 and second.vae is base.vae
+    assert second.tokenizer_2 is base.tokenizer_2
+    index["unet"] = [None, None]
+    (tmp_path / "it" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadError, match="it has no unet"):
+        load_refiner(tmp_path / "it", base, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["off", "threads", "request"])
+def test_modes_without_shared_steps_refine_too(folder: Path, base: Any, mode: Any) -> None:
+    second = load_refiner(folder / "refiner", base, torch.float32)
+    pipeline = refined(base, second, {})
+    expected = [numbers(pipeline(**request(seed, 5, 0.6))) for seed in (1, 2)]
+    with StepEngine(base, mode, beside={MODULE: second.unet}) as engine:
+        jobs = [engine.submit(**request(seed, 5, 0.6), pipeline=pipeline) for seed in (1, 2)]
+        found = [numbers(job.result(SECONDS)) for job in jobs]
+    assert max(map(difference, found, expected)) <= TOLERANCE
+    assert [tuple(job.progress) for job in jobs] == [(5, 5)] * 2
+
+
 def test_a_text_encoder_with_textual_inversions_is_shared(folder: Path, base: Any) -> None:
     base.tokenizer_2.add_tokens("<ring>")
     base.text_encoder_2.resize_token_embeddings(len(base.tokenizer_2), mean_resizing=False)

@@ -8,9 +8,9 @@ from stepweave.config.components import VAE
 from stepweave.errors import LoadError
 
 
-def check_fits(pipeline: Any, model: Any) -> None:
-    """Raise LoadError if an autoencoder cannot take the place of a pipeline's own, since it has
-    another kind of latents."""
+def fit_in(pipeline: Any, model: Any) -> None:
+    """Prepare an autoencoder to take the place of a pipeline's own: it tiles and slices images if
+    that one does. Raises LoadError if it has another kind of latents."""
     own = getattr(pipeline, VAE, None)
     if own is None:
         raise LoadError(f"{type(pipeline).__name__} has no autoencoder that it could replace")
@@ -24,3 +24,6 @@ def check_fits(pipeline: Any, model: Any) -> None:
     levels = [len(one.config.get("block_out_channels", ())) for one in (model, own)]
     if levels[0] != levels[1]:
         raise LoadError(f"it has {levels[0]} levels; the model's autoencoder has {levels[1]}")
+    for flag, enable in (("use_tiling", "enable_tiling"), ("use_slicing", "enable_slicing")):
+        if getattr(own, flag, False):
+            getattr(model, enable)()

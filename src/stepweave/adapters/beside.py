@@ -18,7 +18,7 @@ from diffusers.utils import CONFIG_NAME
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from stepweave.adapters.autoencoders import check_fits
+from stepweave.adapters.autoencoders import fit_in
 from stepweave.adapters.ip_adapters import adapted, is_ip_adapter, read_ip_adapter
 from stepweave.adapters.refiners import check_refiner, load_refiner
 from stepweave.config import Settings
@@ -144,7 +144,7 @@ def _load(
     _check_default(source, field)
     model = read_model(name, kind, folder, dtype)
     if field == VAE:
-        check_fits(pipeline, model)
+        fit_in(pipeline, model)
     return Added(name, field, model, source.description, default=source.default)
 
 

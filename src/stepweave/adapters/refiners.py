@@ -17,7 +17,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
 
-from stepweave.adapters.autoencoders import check_fits
+from stepweave.adapters.autoencoders import fit_in
 from stepweave.config.components import VAE
 from stepweave.errors import LoadError, shown
 from stepweave.loading.beside import read_model
@@ -40,6 +40,7 @@ _NOISE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr"),
 )
+_THE_MODELS = (VAE, "text_encoder_2", "tokenizer_2")  # if it has none
 _OF_FILES = ("architectures", "dtype", "torch_dtype", "transformers_version")  # in configurations
 _TOKENS = "token_embedding.weight"  # to which textual inversions add rows
 
@@ -179,6 +180,9 @@ def load_refiner(folder: Path, pipeline: Any, dtype: torch.dtype) -> Any:
             parts[name] = read_model(name, component.kind, place, dtype)
         else:
             parts[name] = None  # for images, which only the model is given
+    for name in _THE_MODELS:
+        if parts.get(name) is None:
+            parts[name] = getattr(pipeline, name)
     _check_widths(parts, pipeline)
     check_tokenizers(parts)
     for name, part in parts.items():
@@ -214,7 +218,10 @@ def _check_noise(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def _check_widths(parts: Mapping[str, Any], pipeline: Any) -> None:
-    check_fits(pipeline, parts[VAE])
+    if parts["unet"] is None:
+        raise LoadError("it has no unet")
+    if parts[VAE] is not pipeline.vae:
+        fit_in(pipeline, parts[VAE])
     for name in ("in_channels", "out_channels"):
         value, wanted = parts["unet"].config[name], pipeline.unet.config[name]
         if value != wanted:
