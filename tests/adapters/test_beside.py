@@ -71,12 +71,19 @@ def test_a_presets_paths_begin_at_the_models_directory_and_the_setting_goes_firs
     assert added.keys() == {"canny", "other"}
 
 
-def test_another_autoencoder_replaces_the_models(settings: Any, base: Any, tmp_path: Path) -> None:
+def test_an_autoencoder_is_for_requests_that_name_it_or_replaces_the_models(
+    settings: Any, base: Any, tmp_path: Path
+) -> None:
     own = base.vae
+    own.enable_tiling()
     torch.manual_seed(1)
     autoencoder().save_pretrained(tmp_path / "vae")
-    load(settings(mse=str(tmp_path / "vae")), base)
-    assert base.vae is not own
+    source = str(tmp_path / "vae")
+    [named] = load(settings(mse=source), base).values()
+    assert base.vae is own and named.field == "vae" and not named.default
+    assert named.model.use_tiling and not named.model.use_slicing
+    added = load(settings(other=source, mse={"source": source, "default": True}), base)
+    assert base.vae is added["mse"].model and base.vae is not added["other"].model
     assert not torch.equal(base.vae.decoder.conv_in.weight, own.decoder.conv_in.weight)
 
 
@@ -142,6 +149,17 @@ def test_an_autoencoder_with_other_latents_is_refused(
 ) -> None:
     with pytest.raises(LoadError, match="'mine' .*its latent_channels is 16; that of .* is 4"):
         load(settings(mine=str(saved(tmp_path, "wide"))), base)
+
+
+def test_only_one_autoencoder_is_the_default_and_nothing_else(
+    settings: Any, base: Any, net: Path, tmp_path: Path
+) -> None:
+    autoencoder().save_pretrained(tmp_path / "vae")
+    default = {"source": str(tmp_path / "vae"), "default": True}
+    with pytest.raises(LoadError, match="'two' .*'one' replaces the model's autoencoder already"):
+        load(settings(one=default, two=default), base)
+    with pytest.raises(LoadError, match="'canny' .*which only an autoencoder may be"):
+        load(settings(canny={"source": str(net), "default": True}), base)
 
 
 def test_what_guides_another_family_is_refused(base: Any) -> None:

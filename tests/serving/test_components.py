@@ -22,7 +22,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 
 from tests.pipelines.adapters import ip_adapter
-from tests.pipelines.parts import HINTS, diffusion, diffusion_xl, trained, vision
+from tests.pipelines.parts import HINTS, autoencoder, diffusion, diffusion_xl, trained, vision
 from tests.pipelines.registry import example_image, mask
 from tests.served.server import NotServedError, Served, serving
 from tests.support.ip_adapters import load_ip_adapter, save_ip_adapter
@@ -53,7 +53,7 @@ class Models:
 
     def setting(self) -> str:
         sources: dict[str, Any] = {
-            name: str(self.folder / name) for name in ("canny", "sketch", "faces")
+            name: str(self.folder / name) for name in ("canny", "sketch", "faces", "soft")
         }
         sources["depth"] = {"source": str(self.folder / "depth"), "description": "how far it is"}
         return json.dumps(sources)
@@ -79,6 +79,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         ("sketch", adapter()),
     ):
         trained(model).save_pretrained(folder / name)  # type: ignore[operator]
+    torch.manual_seed(1)  # other weights than the model's
+    autoencoder().save_pretrained(folder / "soft")
     save_ip_adapter(ip_adapter(pipeline.unet), vision(), folder / "faces")
     return Models(folder)
 
@@ -129,10 +131,17 @@ class Plain:
         self.base = diffusers.StableDiffusionPipeline.from_pretrained(models.folder / "model")
 
     def __call__(
-        self, name: str, *guides: str, like: Like | None = None, **arguments: Any
+        self,
+        name: str,
+        *guides: str,
+        like: Like | None = None,
+        soft: bool = False,
+        **arguments: Any,
     ) -> np.ndarray:
         kind = getattr(diffusers, name)
         extra: dict[str, Any] = {"requires_safety_checker": False}
+        if soft:
+            extra["vae"] = diffusers.AutoencoderKL.from_pretrained(self.models.folder / "soft")
         if guides == ("sketch",):
             extra["adapter"] = diffusers.T2IAdapter.from_pretrained(self.models.folder / "sketch")
         elif guides:
@@ -285,6 +294,34 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Plain], np.ndarray]]] = {
         {"t2i_adapter": "sketch", "control_image": url_of(FIRST)},
         lambda plain: plain("StableDiffusionAdapterPipeline", "sketch", image=FIRST, **SIZE),
     ),
+    "decoded": ({"vae": "soft"}, lambda plain: plain("StableDiffusionPipeline", soft=True, **SIZE)),
+    "image to image decoded": (
+        {"vae": "soft", "image": url_of(SOURCE), "strength": 0.75},
+        lambda plain: plain(
+            "StableDiffusionImg2ImgPipeline", soft=True, image=SOURCE, strength=0.75
+        ),
+    ),
+    "inpainting decoded": (
+        {"vae": "soft", "image": url_of(SOURCE), "mask": url_of(MASK), "strength": 0.75},
+        lambda plain: plain(
+            "StableDiffusionInpaintPipeline",
+            soft=True,
+            image=SOURCE,
+            mask_image=MASK,
+            strength=0.75,
+            **SIZE,
+        ),
+    ),
+    "guided and decoded": (
+        {"vae": "soft", "controlnet": "canny", "control_image": url_of(FIRST)},
+        lambda plain: plain(
+            "StableDiffusionControlNetPipeline", "canny", soft=True, image=FIRST, **SIZE
+        ),
+    ),
+    "like and decoded": (
+        {"vae": "soft", "ip_adapter": "faces", "ip_adapter_image": url_of(SECOND)},
+        lambda plain: plain("StableDiffusionPipeline", like=Like(), soft=True, **SIZE),
+    ),
 }
 
 
@@ -307,6 +344,7 @@ def test_requests_with_and_without_components_get_the_plain_images_alone_and_tog
     assert guided.engine.stats().errors == 0
     names = guided.engine.stats().forwards
     assert {"controlnet.canny", "controlnet.depth", "t2i_adapter.sketch"} <= names.keys()
+    assert names["vae.soft.decode"].merged_calls > 0
     assert names["ip_adapter.faces"].merged_calls > 0, "of several scales, with and without a mask"
 
 
@@ -324,7 +362,8 @@ def test_the_model_lists_its_components_and_the_file_names_what_guided_it(guided
 
     details = asyncio.run(model())
     components = {one["name"]: one for one in details["components"]}
-    assert components.keys() == {"canny", "depth", "sketch", "faces"}
+    assert components.keys() == {"canny", "depth", "sketch", "faces", "soft"}
+    assert "image" not in components["soft"] and components["soft"]["field"] == "vae"
     assert components["depth"] == {
         "name": "depth",
         "field": "controlnet",
@@ -332,6 +371,7 @@ def test_the_model_lists_its_components_and_the_file_names_what_guided_it(guided
         "image": "control_image",
         "edits": ["image_to_image", "inpainting"],
         "generations": True,
+        "default": False,
         "description": "how far it is",
     }
     assert components["sketch"]["edits"] == []
@@ -341,6 +381,9 @@ def test_the_model_lists_its_components_and_the_file_names_what_guided_it(guided
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no such autoencoder": ({"vae": "sofd"}, "'soft'"),
+    "several autoencoders": ({"vae": ["soft", "soft"]}, "vae"),
+    "a refiner of no model": ({"refiner": "x"}, "refiner"),
     "no such name": ({"controlnet": "cany", "control_image": url_of(FIRST)}, "'canny' or 'depth'"),
     "no image": ({"controlnet": "canny"}, "control_image is missing"),
     "another image only": (

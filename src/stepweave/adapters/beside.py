@@ -1,4 +1,4 @@
-"""Loads components beside the model: ControlNets, adapters for images, another autoencoder."""
+"""Loads components beside the model: ControlNets, adapters for images, refiners, autoencoders."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ import torch
 from diffusers import ModelMixin
 from diffusers.loaders import IPAdapterMixin
 from diffusers.utils import CONFIG_NAME
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from stepweave.adapters.autoencoders import fit_in
 from stepweave.adapters.ip_adapters import adapted, is_ip_adapter, read_ip_adapter
+from stepweave.adapters.refiners import check_refiner, load_refiner
 from stepweave.config import Settings
-from stepweave.config.components import IP_ADAPTER, VAE, ComponentSource
+from stepweave.config.components import IP_ADAPTER, REFINER, VAE, ComponentSource
 from stepweave.config.preset import Preset
 from stepweave.errors import LoadError, shown
-from stepweave.loading.components import Component
-from stepweave.loading.files import find_damage
-from stepweave.loading.hub import explained
-from stepweave.loading.reading import Reading, check_placed
-from stepweave.loading.variants import only_variant
+from stepweave.loading.beside import ENCODER, folder_of, is_pipeline, read_model
 from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
 
-_FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json")
-_ENCODER = "image_encoder"
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Added:
-    """A component beside the model. `field` is that of requests which names it, or `vae` for one
-    that replaces the model's own. `parts` are what replaces the pipeline's by name."""
+    """A component beside the model. `field` is that of requests which names it. `parts` are what
+    replaces the pipeline's by name; of a refiner, the modules that are not the model's. `default`
+    is whether an autoencoder is used by requests that name none."""
 
     name: str
     field: str
     model: Any
     description: str = ""
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    default: bool = False
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Its modules by name: its model has its own, parts of it have theirs behind that."""
+        own = f"{self.field}.{self.name}"
+        found = {own: self.model, **{f"{own}.{name}": part for name, part in self.parts.items()}}
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
 
 def load_beside(
@@ -58,7 +60,8 @@ def load_beside(
     on_begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Added]:
     """Load the components of the settings and of the model's preset, by name, onto `device`. An
-    autoencoder replaces that of `pipeline`. `on_begin` is called with each one's name.
+    autoencoder that is the `default` replaces that of `pipeline`. `on_begin` is called with each
+    one's name.
 
     Only safetensors are read. Raises LoadError, naming the component.
     """
@@ -69,25 +72,22 @@ def load_beside(
         began = time.monotonic()
         on_begin(name)
         try:
-            folder = _folder(source, base)
-            file = None if (folder / CONFIG_NAME).exists() else _adapter_file(folder, source)
-            if file is None:
-                one = _load(name, source, folder, dtype)
-            else:
-                _check_plain(settings)
-                one = _load_ip_adapter(name, source, folder, file, pipeline, dtype)
-            if one.field == VAE:
-                _replace_vae(pipeline, one, added)
+            one = _load(name, source, folder_of(source, base), settings, pipeline, dtype)
+            other = next((other for other in added.values() if other.default), None)
+            if one.default and other is not None:
+                raise LoadError(f"{other.name!r} replaces the model's autoencoder already")
         except LoadError as error:
             raise LoadError(f"the component {name!r} cannot be loaded: {error.message}") from error
-        for part in (one.model, *one.parts.values()):
-            if isinstance(part, nn.Module):
-                part.to(device)
+        for part in one.modules().values():
+            part.to(device)
         added[name] = one
         logger.info(
             "component %s: %s of %s (%.1f s)",
             name, type(one.model).__name__, source.source, time.monotonic() - began,
         )  # fmt: skip
+    default = next((one for one in added.values() if one.default), None)
+    if default is not None:
+        _replace_vae(pipeline, default, added)
     return added
 
 
@@ -96,44 +96,71 @@ def look_at(source: ComponentSource) -> str | None:
     LoadError."""
     if source.on_the_hub() is not None and not source.directory().is_dir():
         return None
-    folder = _folder(source, None)
+    folder = folder_of(source, None)
+    if is_pipeline(folder):
+        _check_default(source, REFINER)
+        return f"a refiner, {check_refiner(folder)['_class_name']}"
     if not (folder / CONFIG_NAME).exists() and (file := _adapter_file(folder, source)):
+        _check_default(source, IP_ADAPTER)
         return f"an IP-Adapter, {file.name}"
-    return str(_kind(folder)[0].__name__)
+    kind, field = _kind(folder)
+    _check_default(source, field)
+    return str(kind.__name__)
 
 
 def by_field(added: Mapping[str, Added]) -> dict[str, dict[str, Added]]:
-    """Those that requests may name, by their fields."""
+    """Components by the fields of requests that name them."""
     found: dict[str, dict[str, Added]] = {}
     for name, one in added.items():
-        if one.field != VAE:
-            found.setdefault(one.field, {})[name] = one
+        found.setdefault(one.field, {})[name] = one
     return found
 
 
-def _load(name: str, source: ComponentSource, folder: Path, dtype: torch.dtype) -> Added:
-    kind, field_ = _kind(folder)
-    return Added(name, field_, _read(name, kind, folder, dtype), source.description)
+def _load(
+    name: str,
+    source: ComponentSource,
+    folder: Path,
+    settings: Settings,
+    pipeline: Any,
+    dtype: torch.dtype,
+) -> Added:
+    if is_pipeline(folder):
+        _check_default(source, REFINER)
+        if settings.offload != "off":  # of whose modules it may share some
+            raise LoadError("refiners cannot be used with STEPWEAVE_OFFLOAD")
+        refiner = load_refiner(folder, pipeline, dtype)
+        parts = {
+            part: module
+            for part, module in refiner.components.items()
+            if isinstance(module, nn.Module) and module is not getattr(pipeline, part, None)
+        }
+        return Added(name, REFINER, refiner, source.description, parts)
+    file = None if (folder / CONFIG_NAME).exists() else _adapter_file(folder, source)
+    if file is not None:
+        _check_default(source, IP_ADAPTER)
+        _check_plain(settings)
+        return _load_ip_adapter(name, source, folder, file, pipeline, dtype)
+    kind, field = _kind(folder)
+    _check_default(source, field)
+    model = read_model(name, kind, folder, dtype)
+    if field == VAE:
+        fit_in(pipeline, model)
+    return Added(name, field, model, source.description, default=source.default)
 
 
-def _read(name: str, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a class in a directory. Raises LoadError."""
-    component = Component(name, kind)
-    reading = Reading(folder, [component])
-    files = [f"{name}/{file.name}" for file in folder.glob("*.safetensors")]
-    try:
-        with reading.watched():
-            options = {"torch_dtype": dtype} if issubclass(kind, ModelMixin) else {"dtype": dtype}
-            model = kind.from_pretrained(
-                str(folder), variant=only_variant(component, files), use_safetensors=True, **options
-            )
-        check_placed({name: model})
-    except LoadError:
-        raise
-    except Exception as error:
-        damage = find_damage(folder.parent, folder.name)
-        raise LoadError(damage or reason_of(error, folder)) from error
-    return model.eval()
+def _check_default(source: ComponentSource, field: str) -> None:
+    if source.default and field != VAE:
+        raise LoadError(f"default is true, which only an autoencoder may be; this is for {field}")
+
+
+def _replace_vae(pipeline: Any, new: Added, added: dict[str, Added]) -> None:
+    """Replace the autoencoder of a pipeline, and of its refiners."""
+    pipeline.register_modules(vae=new.model)
+    for name, one in list(added.items()):
+        if one.field == REFINER:
+            one.model.register_modules(vae=new.model)
+            parts = {part: module for part, module in one.parts.items() if part != VAE}
+            added[name] = dataclasses.replace(one, parts=parts)
 
 
 def _adapter_file(folder: Path, source: ComponentSource) -> Path | None:
@@ -171,13 +198,13 @@ def _load_ip_adapter(
     unet = adapted(pipeline.unet, read_ip_adapter(file))
     # of the source, of which `folder` may be a subfolder
     root = folder.parents[source.subfolder.count("/")] if source.subfolder else folder
-    place = root / source.image_encoder if source.image_encoder else folder / _ENCODER
+    place = root / source.image_encoder if source.image_encoder else folder / ENCODER
     encoder = pipeline.image_encoder
     if (place / CONFIG_NAME).is_file():
-        encoder = _read(place.name, CLIPVisionModelWithProjection, place, dtype)
+        encoder = read_model(place.name, CLIPVisionModelWithProjection, place, dtype)
     if encoder is None:
         raise LoadError(
-            f"it has no image encoder ({_ENCODER}/ beside {file.name}, or `image_encoder`), and "
+            f"it has no image encoder ({ENCODER}/ beside {file.name}, or `image_encoder`), and "
             "neither has the model"
         )
     _check_width(unet, encoder)
@@ -185,7 +212,7 @@ def _load_ip_adapter(
     extractor = pipeline.feature_extractor if encoder is pipeline.image_encoder else None
     parts = {
         "unet": unet,
-        _ENCODER: encoder,
+        ENCODER: encoder,
         # as diffusers makes it
         "feature_extractor": extractor or CLIPImageProcessor(size=size, crop_size=size),
     }
@@ -202,27 +229,6 @@ def _check_width(unet: Any, encoder: Any) -> None:
             f"it is for image embeddings of {wanted} numbers; those of its image encoder have "
             f"{width}: set `image_encoder`"
         )
-
-
-def _folder(source: ComponentSource, base: Path | None) -> Path:
-    """The component's directory, once it is there."""
-    on_the_hub = source.on_the_hub()
-    folder = source.directory(base)
-    if not folder.is_dir():
-        if on_the_hub is None:
-            raise LoadError(
-                f"{shown(source.source)} is neither an existing directory nor a repository of the "
-                "hub at a commit (OWNER/NAME@COMMIT, 40 hex digits)"
-            )
-        repository, commit = on_the_hub
-        part = f"{source.subfolder}/" if source.subfolder else ""
-        files = [part + file for file in _FILES]
-        if source.weights is not None:
-            encoder = source.image_encoder or f"{part}{_ENCODER}"
-            files = [part + source.weights, *(f"{encoder}/{file}" for file in _FILES)]
-        with explained(repository, commit):
-            folder = Path(snapshot_download(repository, revision=commit, allow_patterns=files))
-    return folder / source.subfolder if source.subfolder else folder
 
 
 def _kind(folder: Path) -> tuple[Any, str]:
@@ -254,24 +260,3 @@ def _kind(folder: Path) -> tuple[Any, str]:
         f"it is a {name}; a component may be a ControlNet, a T2I-Adapter, an IP-Adapter, or an "
         "autoencoder"
     )
-
-
-def _replace_vae(pipeline: Any, new: Added, added: Mapping[str, Added]) -> None:
-    """Replace the pipeline's autoencoder. Raises LoadError if it has another kind of latents."""
-    other = next((one.name for one in added.values() if one.field == VAE), None)
-    if other is not None:
-        raise LoadError(f"{other!r} replaces the model's autoencoder already")
-    own = getattr(pipeline, VAE, None)
-    if own is None:
-        raise LoadError(f"{type(pipeline).__name__} has no autoencoder that it could replace")
-    if type(own) is not type(new.model):
-        kind, wanted = type(new.model).__name__, type(own).__name__
-        raise LoadError(f"it is an {kind}, and the model's autoencoder an {wanted}")
-    for name in ("latent_channels", "in_channels", "out_channels"):
-        value, wanted = new.model.config.get(name), own.config.get(name)
-        if value != wanted:
-            raise LoadError(f"its {name} is {value}; that of the model's autoencoder is {wanted}")
-    levels = [len(one.config.get("block_out_channels", ())) for one in (new.model, own)]
-    if levels[0] != levels[1]:
-        raise LoadError(f"it has {levels[0]} levels; the model's autoencoder has {levels[1]}")
-    pipeline.register_modules(vae=new.model)

@@ -143,9 +143,10 @@ class ModelComponent(Resource):
     name: str
     field: str = Field(description="The field of requests that names it.")
     model: str = Field(description="Its class.")
-    image: str = Field(description="The image that it is guided by.")
+    image: str | None = absent(description="The image that it is guided by, if there is one.")
     edits: list[str] = Field(description="The edits for which it can be used.")
     generations: bool = Field(description="Whether it can be used without another image.")
+    default: bool = Field(description="Whether requests that name none of its field use it.")
     description: str
 
 

@@ -14,10 +14,12 @@ from pydantic_settings import NoDecode
 from stepweave.errors import shown
 
 MOST_COMPONENTS = 32
-# by the field of requests that names them, what they are called; an autoencoder is not named
+# by the field of requests that names them, what they are called
 GUIDES = {"controlnet": "ControlNet", "t2i_adapter": "T2I-Adapter"}
 IP_ADAPTER = "ip_adapter"
 VAE = "vae"
+REFINER = "refiner"
+WITH_IMAGE = frozenset((*GUIDES, IP_ADAPTER))  # fields of those that need an image of their own
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PLACE = r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$"  # below a source, never above it
 _ON_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)@([0-9a-f]{40})")
@@ -41,6 +43,11 @@ class ComponentSource(BaseModel):
         pattern=_PLACE,
         description="Where in the source an IP-Adapter's image encoder is; by default in "
         "`image_encoder` beside its file.",
+    )
+    default: bool = Field(
+        False,
+        description="Whether an autoencoder is for requests that name none, instead of the "
+        "model's.",
     )
     description: str = Field("", max_length=200, description="What it is for, as clients are told.")
 

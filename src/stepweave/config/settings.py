@@ -112,8 +112,9 @@ class Settings(BaseSettings):
     )
     components: ComponentsValue = Field(
         {},
-        description="ControlNets, adapters for images, an autoencoder beside the model: a JSON "
-        "object of directories, or hub ids with commits, by name; or the path of a file with one.",
+        description="ControlNets, adapters for images, refiners, autoencoders beside the model: a "
+        "JSON object of directories, or hub ids with commits, by name; or the path of a file with "
+        "one.",
     )
     embeddings: str | None = Field(
         None,

@@ -19,7 +19,7 @@ from stepweave.calls import (
     described,
 )
 from stepweave.config import Settings
-from stepweave.config.components import GUIDES, IP_ADAPTER
+from stepweave.config.components import GUIDES, IP_ADAPTER, REFINER, VAE
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError
 from stepweave.parameters import OWN_TIMES
@@ -29,6 +29,7 @@ from stepweave.serving.kinds import (
     IP_ADAPTER_MASK,
     IP_ADAPTER_SCALE,
     MOST_TOGETHER,
+    REFINER_START,
 )
 
 MOST_SCALE = 10.0  # of an IP-Adapter
@@ -40,6 +41,12 @@ _IP_ADAPTER_IMAGES = (
     # an image, since it may have another size than the result's
     Argument(IP_ADAPTER_MASK, "image", description="White where `ip_adapter_image` counts."),
 )
+# of components, by field: what they are for
+_WHAT = {
+    IP_ADAPTER: "Which IP-Adapter makes it like `ip_adapter_image`",
+    REFINER: "Which refiner takes over at `refiner_start`, the share of the steps before it",
+    VAE: "Which autoencoder decodes it, and encodes its images",
+}
 TRAIN_TIMESTEPS = 1000  # of schedulers that do not say how many they have
 
 
@@ -73,6 +80,7 @@ def with_components(
     for field, known in components.items():
         one: Any = Literal[tuple(known)]
         guides = field in GUIDES
+        what = _WHAT.get(field) or f"Which {GUIDES[field]} guides the image, by `control_image`"
         told = "; ".join(
             f"`{name}` is {type(added.model).__name__}"
             + (f", {added.description}" if added.description else "")
@@ -82,9 +90,7 @@ def with_components(
             field,
             "string",
             one | list[one] if guides else one,
-            description=f"Which {GUIDES[field]} guides the image, by `control_image`: {told}."
-            if guides
-            else f"Which IP-Adapter makes it like `ip_adapter_image`: {told}.",
+            description=f"{what}: {told}.",
         )
         bounds = Bounds(0, 0, min(len(known), MOST_TOGETHER))
         arguments[field] = ArgumentField(argument, bounds)
@@ -113,6 +119,12 @@ def resolve_arguments(
             f"n is {n}; with the other values, which multiply the work of an image, it is as much "
             f"as that of {math.ceil(work)} images; the limit is {images}.",
             param="n",
+        )
+    start = given.get(REFINER_START)
+    if start is not None and not 0 < start < 1:
+        raise InvalidRequestError(
+            f"{REFINER_START} is {start:g}; it must be more than 0 and less than 1.",
+            param=REFINER_START,
         )
     for name in call.needs:
         if name in call.arguments and name not in given and preset.call.get(name) is None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stepweave.adapters.control_pipelines import guides_of
 from stepweave.calls import CONTROL_IMAGE, CallDescription, described
-from stepweave.config.components import IP_ADAPTER
+from stepweave.config.components import GUIDES, IP_ADAPTER
 from stepweave.errors import InvalidRequestError
 from stepweave.parameters import Sources
 from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, Chosen, Kind
@@ -119,7 +119,8 @@ def missing(
     by the pipeline's names."""
     if not call.needs_images and IP_ADAPTER in dict(components):
         return _lacks_ip_adapter_image()
-    names = {call.control: CONTROL_IMAGE} if components else {}
+    guided = any(field in GUIDES for field, _ in components)
+    names = {call.control: CONTROL_IMAGE} if guided else {}
     absent = [names.get(name, name) for name in call.needs_images if name not in given]
     needs = [names.get(name, name) for name in call.needs_images]
     verb = "is" if len(absent) == 1 else "are"
@@ -151,7 +152,7 @@ def check_named(
     takes = call.name_of(CONTROL_IMAGE) is not None  # without a component, too
     named = {one for one, _ in components}
     for image, fields in (
-        (CONTROL_IMAGE, [] if takes else [one for one in known if one != IP_ADAPTER]),
+        (CONTROL_IMAGE, [] if takes else [one for one in known if one in GUIDES]),
         (IP_ADAPTER_IMAGE, [one for one in known if one == IP_ADAPTER]),
         (IP_ADAPTER_MASK, [one for one in known if one == IP_ADAPTER]),
     ):

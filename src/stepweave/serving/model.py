@@ -435,7 +435,7 @@ class ServedModel:
         if known and sources is not None:
             check_named(call, sources, components, known)
         if sources is None:
-            if components:
+            if kind.shown_images:
                 raise missing(call, (), components)
             return pipeline
         check_images(call, sources, components)

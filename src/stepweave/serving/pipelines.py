@@ -7,12 +7,15 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepweave.adapters.beside import Added, by_field
 from stepweave.adapters.control_pipelines import control_pipeline
+from stepweave.adapters.refiners import refined
 from stepweave.calls import described
-from stepweave.config.components import GUIDES
+from stepweave.compat.turn_taking import modules_in
+from stepweave.config.components import GUIDES, REFINER, VAE
 from stepweave.errors import InvalidRequestError, LoadError
 from stepweave.loading.edit_pipelines import edit_pipeline, made_of
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, MOST_TOGETHER, TEXT_TO_IMAGE, Kind
@@ -89,13 +92,14 @@ class Pipelines:
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules that only pipelines with components have, by name."""
+        known = {id(module) for _, module in modules_in(self.main)}
         found: dict[str, nn.Module] = {}
-        for field, components in self._added.items():
-            for name, one in components.items():
-                found[f"{field}.{name}"] = one.model
-                encoder = one.parts.get("image_encoder")
-                if encoder is not None and encoder is not getattr(self.main, "image_encoder", None):
-                    found[f"{field}.{name}.image_encoder"] = encoder
+        for components in self._added.values():
+            for one in components.values():
+                for name, module in one.modules().items():
+                    if id(module) not in known:
+                        known.add(id(module))
+                        found[name] = module
         return found
 
     def of(self, kind: Kind) -> Any:
@@ -130,6 +134,12 @@ class Pipelines:
             raise InvalidRequestError(
                 f"{' and '.join(guides)} are both set; set one of them.", param=guides[0]
             )
+        if guides and REFINER in dict(kind.components):
+            raise InvalidRequestError(
+                f"{REFINER} and {guides[0]} are both set; a refiner is used without it.",
+                param=REFINER,
+                code="unsupported",
+            )
         for field, names in kind.components:
             most = MOST_TOGETHER if field in GUIDES else 1
             if len(names) > most:
@@ -159,10 +169,33 @@ class Pipelines:
     def _made(self, kind: Kind) -> Any:
         pipeline = self._tasks[kind.task]
         guides: list[Any] = []
+        parts: dict[str, Any] = {}
+        refiner: Any = None
         for field, names in kind.components:
             components = [self._added[field][name] for name in names]
             if field in GUIDES:
                 guides = [one.model for one in components]
+            elif field == REFINER:
+                refiner = components[0].model
+            elif field == VAE:
+                parts[VAE] = components[0].model
             else:
-                pipeline = made_of(pipeline, type(pipeline), components[0].parts)
-        return control_pipeline(pipeline, guides) if guides else pipeline
+                parts |= components[0].parts
+        if parts:
+            pipeline = _with_parts(pipeline, parts)
+        if guides:
+            return control_pipeline(pipeline, guides)
+        if refiner is None:
+            return pipeline
+        return refined(pipeline, refiner, {VAE: parts[VAE]} if VAE in parts else {})
+
+
+def _with_parts(pipeline: Any, parts: Mapping[str, Any]) -> Any:
+    """A pipeline like another, with other parts by name. Raises LoadError if it is of no class of
+    diffusers."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise LoadError(
+            f"{type(pipeline).__name__} is made by other means; an autoencoder can be its default "
+            "(`default`), but not be named by requests"
+        )
+    return made_of(pipeline, type(pipeline), parts)

@@ -31,7 +31,13 @@ from stepweave.loading.trials import Fault, Limits, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import takes
 from stepweave.reasons import reason_of, refusal_of
-from stepweave.serving.kinds import INPAINTING, IP_ADAPTER_IMAGE, TEXT_TO_IMAGE, Kind
+from stepweave.serving.kinds import (
+    INPAINTING,
+    IP_ADAPTER_IMAGE,
+    REFINER_START,
+    TEXT_TO_IMAGE,
+    Kind,
+)
 from stepweave.serving.model import ServedModel
 from stepweave.telemetry.stages import enter_stage
 
@@ -39,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 STEPS = 2
 STRENGTH = 0.5
+HALFWAY = 0.5  # where a refiner takes over, so that both models have one of few steps
 SCHEDULER_STEPS = 5  # of the trial of each scheduler that runs with them
 LEAST_REFERENCE = 64  # pixels a side
 FEW = 4  # jobs, two of which have the same number of steps: enough for a certificate
@@ -282,7 +289,7 @@ class WarmUp:
 
     def _sources(self, kind: Kind, size: Size, index: int = 0) -> Sources | None:
         """Made-up images for a request of a kind whose result has this size."""
-        if kind == (TEXT_TO_IMAGE, ()):
+        if kind.task == TEXT_TO_IMAGE and not kind.shown_images:
             return None
         model = self._model
         pipeline = model.pipelines.of(kind)
@@ -303,7 +310,7 @@ class WarmUp:
             if model.takes_alpha and not mask:
                 made = made.convert("RGBA")
             given = {call.image: "image", call.mask: "mask"}.get(name, name)
-            if kind.components and name == call.control:
+            if kind.shown_images and name == call.control:
                 given = CONTROL_IMAGE
             count = max(1, len(guides_of(pipeline))) if name == call.control else 1
             images[given] = (made,) * count
@@ -345,6 +352,8 @@ class WarmUp:
         needed = {name: made_up(call.arguments[name]) for name in model.fields.needs}
         if "control_mode" in call.arguments and modes_of(guides := guides_of(pipeline)) is not None:
             needed["control_mode"] = 0 if len(guides) == 1 else [0] * len(guides)
+        if REFINER_START in call.arguments:
+            needed[REFINER_START] = HALFWAY
         return Parameters(
             prompt=self._prompt % index if "prompt" in call.takes else "",
             negative_prompt=None,

@@ -55,7 +55,7 @@ from stepweave.api.schemas import (
 )
 from stepweave.api.urls import base_url, reference
 from stepweave.calls import CONTROL_IMAGE, has_scalar, takes_lists
-from stepweave.config.components import IP_ADAPTER
+from stepweave.config.components import GUIDES, IP_ADAPTER
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
 from stepweave.serving.kinds import IP_ADAPTER_IMAGE, TEXT_TO_IMAGE
@@ -256,6 +256,7 @@ def _arguments(model: ServedModel) -> list[ModelArgument]:
 
 def _components(model: ServedModel) -> list[ModelComponent]:
     found = []
+    images = {IP_ADAPTER: IP_ADAPTER_IMAGE, **dict.fromkeys(GUIDES, CONTROL_IMAGE)}
     for field, components in model.pipelines.components().items():
         for name, one in components.items():
             tasks = model.pipelines.tasks_of(field, name)
@@ -264,9 +265,10 @@ def _components(model: ServedModel) -> list[ModelComponent]:
                     name=name,
                     field=field,
                     model=type(one.model).__name__,
-                    image=IP_ADAPTER_IMAGE if field == IP_ADAPTER else CONTROL_IMAGE,
+                    image=images.get(field),
                     edits=[task for task in model.edits if task in tasks],
                     generations=TEXT_TO_IMAGE in tasks,
+                    default=one.default,
                     description=one.description,
                 )
             )
