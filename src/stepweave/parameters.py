@@ -31,7 +31,7 @@ MOST_LORA_SCALE = 10.0
 _LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
 
 
-class Lora(BaseModel):
+class LoraChoice(BaseModel):
     """An adapter of the model's weights, and how much of it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -75,7 +75,9 @@ def _lora_of_text(text: str) -> dict[str, Any]:
         raise PydanticCustomError("lora", _LORA_TEXT) from None
 
 
-Loras = Annotated[list[Lora], BeforeValidator(_loras), Field(min_length=1, max_length=MOST_LORAS)]
+Loras = Annotated[
+    list[LoraChoice], BeforeValidator(_loras), Field(min_length=1, max_length=MOST_LORAS)
+]
 
 
 class ImageRequest(BaseModel):
@@ -217,6 +219,13 @@ class Parameters:
         return values | dict(self.arguments)
 
 
+class ResolvedLora(Resource):
+    """A LoRA of an image, and how much of it."""
+
+    name: str
+    scale: float
+
+
 class ResolvedParameters(Resource):
     """All parameters of a request, defaults filled in, without those that do not apply; those of
     the pipeline by its names."""
@@ -232,7 +241,7 @@ class ResolvedParameters(Resource):
     guidance_rescale: float | None = absent(ge=0, le=1, description="As it was sent.")
     scheduler: str | None = absent()
     strength: float | None = absent(description="Of edits.")
-    lora: list[Lora] | None = absent()
+    lora: list[ResolvedLora] | None = absent()
     reproducible: bool | None = absent()
     request_tag: str | None = absent(description="As it was sent.")
     n: int = Field(ge=1)

@@ -44,6 +44,8 @@ SMALL: dict[str, Any] = {
     "max_prompt_characters": 200,
     "trusted_hosts": "testserver",
 }
+# the key here is no administrator's; tests/api/test_loras.py has one
+OF_ADMINISTRATORS = ("POST /v1/loras", "DELETE /v1/loras/{name}")
 NOT_HERE = (*PATHS, "/schema.json")  # BentoML's own
 PNG = io.BytesIO()
 Image.new("RGB", (64, 64), "teal").save(PNG, "PNG")
@@ -550,6 +552,7 @@ class Fuzzer:
             label = operation.label
             described = self.document["paths"][operation.path][operation.method]["responses"]
             succeeds = any(status.startswith("2") for status in described)
+            succeeds = succeeds and label not in OF_ADMINISTRATORS
             succeeded = any(status < 300 for status in self.statuses[label])
             assert succeeded is succeeds, (
                 f"{'no' if succeeds else 'a'} success: {label}\n{self.report()}"

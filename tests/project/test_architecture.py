@@ -40,7 +40,7 @@ BUDGETS = {
     "service": 50,
     "api": 6_650,
     "serving": 5_250,
-    "telemetry": 600,
+    "telemetry": 650,
     "download": 100,
     "images": 1_450,
     "calls": 750,
@@ -65,7 +65,7 @@ BUDGETS = {
     "reasons": 100,
     "contained": 50,
     "resource": 50,
-    "parameters": 250,
+    "parameters": 330,
 }
 
 
