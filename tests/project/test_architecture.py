@@ -45,7 +45,7 @@ BUDGETS = {
     "images": 1_450,
     "calls": 750,
     "loading": 3_850,
-    "adapters": 1_450,
+    "adapters": 1_550,
     "store": 850,
     "recovery": 100,
     "baselines": 300,
