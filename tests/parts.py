@@ -23,6 +23,8 @@ NAMED = {
         "tests/engine/test_parity.py",
         "tests/engine/test_reproducible.py",
         "tests/engine/test_edits.py",
+        "tests/engine/test_lora_company.py",
+        "tests/engine/test_lora_families.py",
         "tests/engine/test_schedulers.py",
     ],
     "memory": ["tests/memory/test_memory.py"],

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import math
 import re
+import shutil
+import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +22,27 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from stepweave.adapters.lora_layers import ADAPTER, adapter_layer
+from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.row_adapters import AdapterLayer
-from stepweave.errors import LoadError
+from stepweave.errors import LoadError, OutOfMemoryError, shown
 from stepweave.loading.checkpoint import read_header
 from stepweave.loading.reading import listed
 from stepweave.reasons import reason_of
 
 MOST_RANK = 1024
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d+)?")
+_CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# that diffusers' loaders leave something out
+_IGNORED = re.compile(r"(unexpected|missing|unsupported) keys|not compatible in", re.IGNORECASE)
 
 # PEFT creates its layers while it replaces a method of torch's modules for all threads
 _loading = threading.Lock()
@@ -57,6 +67,19 @@ def takes_loras(pipeline: Any) -> bool:
     return isinstance(pipeline, LoraBaseMixin)
 
 
+def check_takes_loras(pipeline: Any) -> None:
+    """Raise LoadError for a pipeline whose layers adapters would have no effect on."""
+    if not takes_loras(pipeline):
+        raise LoadError(f"{type(pipeline).__name__} takes no LoRAs")
+    for component in pipeline._lora_loadable_modules:
+        module = getattr(pipeline, component, None)
+        for part in module.modules() if isinstance(module, nn.Module) else ():
+            if getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod"):
+                raise LoadError(f"{component} is compiled, so that it takes no LoRAs")
+            if getattr(part, "fused_projections", False):
+                raise LoadError(f"{component} has fused projections, so that it takes no LoRAs")
+
+
 def read_lora(
     file: Path,
     name: str,
@@ -69,38 +92,75 @@ def read_lora(
     """Read a LoRA for the modules of `pipeline`, which stay as they are, onto `device`. `twins` are
     modules with the same layers, by the component's name. Only safetensors are read.
 
-    Raises LoadError, naming the file.
+    Raises LoadError, naming the file; OutOfMemoryError.
     """
-    if not takes_loras(pipeline):
-        raise LoadError(f"{type(pipeline).__name__} takes no LoRAs")
-    _check_tensors(file)
+    check_takes_loras(pipeline)
     bare = _bare(pipeline)
-    with _loading, _messages() as messages:
-        try:
-            bare.load_lora_weights(
-                str(file.parent), weight_name=file.name, adapter_name=ADAPTER,
-                use_safetensors=True, local_files_only=True,
-            )  # fmt: skip
-        except Exception as error:
-            reason = reason_of(error, file.parent)
-            raise LoadError(f"{file.name} does not fit this model: {reason}") from error
-    if messages:
-        raise LoadError(f"{file.name} does not fit this model: {messages[0]}")
     try:
-        return _taken(name, number, pipeline, bare, device, twins)
+        with _copied(file) as copy:
+            keys = _checked_keys(copy)
+            _load(copy, bare)
+            adapter = _taken(name, number, pipeline, bare, device, twins)
     except LoadError as error:
-        raise LoadError(f"{file.name}: {error.message}") from None
+        named = error.message.startswith(file.name)
+        raise LoadError(error.message if named else f"{file.name}: {error.message}") from error
+    except Exception as error:
+        if ran_out(error):
+            raise OutOfMemoryError(f"{file.name} does not fit into memory.") from error
+        reason = reason_of(error)
+        raise LoadError(f"{file.name} does not fit this model: {reason}") from error
+    prefixes = {key.partition(".")[0] for key in keys} - adapter.components.keys()
+    if unused := sorted(filter(_COMPONENT.fullmatch, prefixes)):
+        raise LoadError(
+            f"{file.name} has layers of {listed(unused)}, which are not adapted in a "
+            f"{type(pipeline).__name__}"
+        )
+    return adapter
 
 
-def _check_tensors(file: Path) -> None:
-    """Raise LoadError for a file that is damaged, or has numbers that are not finite."""
-    read_header(file)
+@contextlib.contextmanager
+def _copied(file: Path) -> Iterator[Path]:
+    """A copy of a file while it is read: it is mapped, and a process that touches what another has
+    cut off of a mapped file is killed."""
+    with tempfile.TemporaryDirectory(prefix="stepweave-") as folder:
+        copy = Path(folder) / file.name
+        try:
+            shutil.copyfile(file, copy)
+        except OSError as error:
+            raise LoadError(f"{file.name}: {error.strerror or reason_of(error)}") from None
+        yield copy
+
+
+def _load(file: Path, bare: Any) -> None:
+    """Load an adapter into a bare pipeline. Raises LoadError for one of which diffusers would leave
+    something out."""
+    with _loading, _messages() as messages:
+        bare.load_lora_weights(
+            str(file.parent), weight_name=file.name, adapter_name=ADAPTER,
+            use_safetensors=True, local_files_only=True,
+        )  # fmt: skip
+    if messages:
+        raise LoadError(f"{file.name} does not fit this model: {reason_of(messages[0])}")
+
+
+def _checked_keys(file: Path) -> Collection[str]:
+    """The names of a file's tensors. Raises LoadError for one that is damaged, has numbers that are
+    not finite, or is for weights that training has changed."""
+    shapes, _ = read_header(file)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata() or {}
+    told = json.loads(header.get(LORA_ADAPTER_METADATA_KEY) or "{}")
+    for key, value in told.items():
+        # for one of these, PEFT changes the model's own weights
+        if key.endswith("init_lora_weights") and str(value).startswith(_CHANGES_THE_MODEL):
+            raise LoadError(f"{file.name} is for weights that {shown(value)} has changed")
     for key, tensor in load_file(file).items():
         if not tensor.is_floating_point():
             continue
         # whose sum may exceed the numbers of the type itself
         if not math.isfinite(float(tensor.double().sum())):
             raise LoadError(f"{file.name}: {key} has numbers that are not finite")
+    return shapes.keys()
 
 
 def _bare(pipeline: Any) -> Any:
@@ -152,15 +212,15 @@ def _inject(
 
 
 @contextlib.contextmanager
-def _messages() -> Iterator[list[str]]:
+def _messages() -> Iterator[list[Warning]]:
     """What diffusers' loaders log of keys that they ignore; they log nothing else meanwhile."""
-    found: list[str] = []
+    found: list[Warning] = []
 
     class Handler(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
             text = record.getMessage()
-            if re.search(r"unexpected keys|missing keys", text, re.IGNORECASE):
-                found.append(text.strip())
+            if _IGNORED.search(text):
+                found.append(Warning(text))
             return False
 
     handler = Handler()

@@ -26,7 +26,9 @@ def adapter_layer(tuner: BaseTunerLayer, layer: nn.Module, device: torch.device)
     """What PEFT's layer `tuner` adds to the pipeline's `layer`, on `device`. Raises LoadError for a
     kind of adapter that is not known to act on each row by itself."""
     del tuner._modules["base_layer"]
-    tuner.to(device).requires_grad_(False).eval()
+    tuner.requires_grad_(False).eval()
+    for weights in (*tuner.parameters(), *tuner.buffers()):
+        weights.data = weights.data.to(device, copy=True)  # they are mapped from the file
     tuner.base_layer = layer
     if isinstance(tuner, LoKrLayer):
         return _LoKr(tuner)

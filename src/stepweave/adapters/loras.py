@@ -4,23 +4,26 @@ as far as it goes."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import re
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from stepweave.adapters.lora_files import Lora, read_lora
+from stepweave.adapters.lora_files import Lora, check_takes_loras, read_lora
 from stepweave.compat.row_adapters import MOST_ADAPTERS, Chosen
 from stepweave.errors import LoadError, LoraError, LoraNotFoundError, did_you_mean, shown
+from stepweave.jobs.job import inside_any_engine
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ MOST_SCALE = 10.0  # of an adapter, positive or negative
 MAX_BYTES = 2**30
 _USUAL = "pytorch_lora_weights.safetensors"  # as diffusers saves one
 _CHUNK = 2**20
+_numbers = itertools.count(1)  # of all in the process, since layers know adapters by these
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,13 @@ class Loras:
     """LoRAs for the modules of one pipeline, by name. For any thread.
 
     Args:
-        pipeline: a diffusers pipeline that takes LoRAs.
+        pipeline: a diffusers pipeline that takes LoRAs; LoadError is raised for another, and for
+            one with compiled modules.
         directory: each safetensors file in it, and each folder with one, is an adapter; it is read
             again whenever a name is looked up.
         files: others, by name.
-        max_bytes: of the adapters in memory. The one that was not used for longest leaves, but
-            none that a job uses.
+        max_bytes: of the adapters in memory, in use or not; one that is being read comes on top.
+            The one that was not used for longest leaves, but none that a job uses.
         device: where adapters are kept; the pipeline's by default.
         twins: modules with the same layers, by the component's name.
 
@@ -71,6 +76,7 @@ class Loras:
         device: torch.device | None = None,
         twins: Mapping[str, Sequence[nn.Module]] | None = None,
     ) -> None:
+        check_takes_loras(pipeline)
         self._pipeline = pipeline
         self._directory = None if directory is None else Path(directory)
         self._files = dict(files or {})
@@ -82,6 +88,8 @@ class Loras:
         self._removed: set[str] = set()
         self._failed: dict[str, tuple[_Version, str]] = {}
         self._numbers: dict[tuple[str, bytes], int] = {}
+        self._living: WeakValueDictionary[int, Lora] = WeakValueDictionary()  # by their numbers
+        self._leaving: list[_Kept] = []  # removed or replaced, but still in use
         self._ignored: set[str] = set()
         self._loads = self._evictions = self._failures = 0
         self._seconds = 0.0
@@ -102,21 +110,19 @@ class Loras:
         """Adapters with their scales. Those that are not in memory are read first, which takes
         seconds, and waits for memory while jobs use all of it.
 
-        Raises LoraNotFoundError; LoraError for one that cannot be used, and for other scales than
-        -10 to 10.
+        Raises LoraNotFoundError; LoraError for one that cannot be used, for more than fit into
+        memory at once, and for other scales than -10 to 10.
         """
         wanted = _checked(lora)
         ready = self.ready(wanted)
         if ready is not None:
             return ready
         with self._reading:
-            pinned: list[Chosen] = []
-            adapters = []
-            for name, scale in wanted:
-                adapter, pin = self._read(name)
-                pinned.append(pin)
-                adapters.append((adapter, scale))
-            return self._in_use(adapters)
+            pinned: dict[Lora, Chosen] = {}  # so that none leaves for another of them
+            try:
+                return self._in_use([(self._read(name, pinned), scale) for name, scale in wanted])
+            finally:
+                pinned.clear()  # also if an error's traceback holds this frame
 
     def ready(self, lora: Iterable[tuple[str, float]]) -> Chosen | None:
         """The same, at once; None if one of them is not in memory."""
@@ -138,7 +144,7 @@ class Loras:
         """Have an adapter in memory, also one that was removed. Raises as `choose`."""
         with self._reading:
             self._removed.discard(name)
-            return self._read(name)[0]
+            return self._read(name, {})
 
     def remove(self, name: str) -> None:
         """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
@@ -146,7 +152,7 @@ class Loras:
         self._place(name)
         with self._changed:
             self._removed.add(name)
-            self._kept.pop(name, None)
+            self._let_go(name)
             self._changed.notify_all()
 
     def loaded(self) -> dict[str, Lora]:
@@ -197,14 +203,15 @@ class Loras:
 
     # Memory
 
-    def _read(self, name: str) -> tuple[Lora, Chosen]:
-        """An adapter in memory, and what keeps it there. Held: `_reading`."""
+    def _read(self, name: str, pinned: dict[Lora, Chosen]) -> Lora:
+        """An adapter in memory, which `pinned` then keeps there. Held: `_reading`."""
         version = self._version(name)
         with self._changed:
             kept = self._kept.get(name)
             if kept is not None and kept.version == version:
                 self._kept.move_to_end(name)
-                return kept.adapter, self._in_use([(kept.adapter, 1.0)])
+                pinned[kept.adapter] = self._in_use([(kept.adapter, 1.0)])
+                return kept.adapter
             failed = self._failed.get(name)
             if failed is not None and failed[0] == version:
                 raise LoraError(failed[1], param="lora")
@@ -221,41 +228,59 @@ class Loras:
             raise LoraError(message, param="lora") from error
         seconds = time.monotonic() - began
         with self._changed:
-            self._kept.pop(name, None)
-            self._make_room(adapter)
+            self._let_go(name)
+            self._make_room(adapter, pinned)
             self._failed.pop(name, None)
             self._kept[name] = _Kept(adapter, version)
             self._loads += 1
             self._seconds += seconds
-            pin = self._in_use([(adapter, 1.0)])
+            pinned[adapter] = self._in_use([(adapter, 1.0)])
         logger.info(
             "LoRA %s: rank %s, %s, %.1f MiB (%.1f s)",
             name, "-".join(map(str, dict.fromkeys(adapter.ranks))),
             ", ".join(f"{count} layers of {part}" for part, count in adapter.components.items()),
             adapter.bytes / 2**20, seconds,
         )  # fmt: skip
-        return adapter, pin
+        return adapter
 
     def _fresh(self, name: str, version: _Version) -> Lora:
         """Read an adapter. Raises LoadError."""
         file = self._place(name)
         if version.size > self._max_bytes:
             raise LoadError(f"it has {version.size:,} bytes; the limit is {self._max_bytes:,}")
-        digest = _digest(file)
-        number = self._numbers.setdefault((name, digest), len(self._numbers) + 1)
-        adapter = read_lora(
+        content = name, _digest(file)
+        number = self._numbers.get(content) or next(_numbers)
+        # layers know one adapter of a number: a second one would take the first one's place
+        adapter = self._living.get(number) or read_lora(
             file, name, number, self._pipeline, device=self._device, twins=self._twins
         )
         if _version(file) != version:
             raise LoadError(f"{file.name} has changed while it was read; try again")
         if adapter.bytes > self._max_bytes:
             raise LoadError(f"it takes {adapter.bytes:,} bytes; the limit is {self._max_bytes:,}")
+        self._numbers[content] = number
+        self._living[number] = adapter
         return adapter
 
-    def _make_room(self, adapter: Lora) -> None:
-        """Wait until there is memory for an adapter. Held: `_changed`."""
-        while self._bytes() + adapter.bytes > self._max_bytes:
+    def _make_room(self, adapter: Lora, pinned: Collection[Lora]) -> None:
+        """Wait until there is memory for an adapter next to those `pinned`. Raises LoraError if
+        there never will be. Held: `_changed`."""
+        together = {*pinned, adapter}
+        needed = sum(one.bytes for one in together)
+        if needed > self._max_bytes:
+            names = ", ".join(one.name for one in together)
+            raise LoraError(
+                f"The LoRAs {names} take {needed:,} bytes together; the limit is "
+                f"{self._max_bytes:,}.",
+                param="lora",
+            )
+        while self._bytes(adapter) > self._max_bytes:
             unused = next((name for name, kept in self._kept.items() if not kept.users), None)
+            if unused is None and inside_any_engine():
+                raise LoraError(
+                    "All memory for LoRAs is in use by jobs that wait for this thread.",
+                    param="lora",
+                )
             if unused is None:
                 self._waiting = True
                 try:
@@ -267,8 +292,17 @@ class Loras:
             del self._kept[unused]
             self._evictions += 1
 
-    def _bytes(self) -> int:
-        return sum(kept.adapter.bytes for kept in self._kept.values())
+    def _let_go(self, name: str) -> None:
+        """Forget an adapter, which takes memory as long as jobs use it. Held: `_changed`."""
+        kept = self._kept.pop(name, None)
+        if kept is not None:
+            self._leaving.append(kept)
+
+    def _bytes(self, *others: Lora) -> int:
+        """Of the adapters in memory, and of `others`. Held: `_changed`."""
+        self._leaving = [kept for kept in self._leaving if kept.users]
+        every = {kept.adapter for kept in (*self._kept.values(), *self._leaving)}
+        return sum(adapter.bytes for adapter in every.union(others))
 
     def _in_use(self, adapters: Sequence[tuple[Lora, float]]) -> Chosen:
         """Adapters for a job, which are in use until it lets go of them."""

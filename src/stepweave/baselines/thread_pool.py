@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 from stepweave.baselines.request_batch import batch_key, run_batch
+from stepweave.compat.row_adapters import detach
 from stepweave.compat.torch_state import use_device
+from stepweave.compat.turn_taking import modules_in
 from stepweave.config.engine import EngineConfig
 from stepweave.errors import EngineMisuseError
 from stepweave.jobs.job import enter_engine
@@ -40,6 +42,7 @@ class ThreadPool(JobQueue):
         threads = config.threads if config.mode == "threads" else 1
         self._scope = PrivateScope(pipeline, beside=config.beside)
         self._max_images = config.max_rows if config.mode == "request" else 1  # of one call
+        self._modules = [*(module for _, module in modules_in(pipeline)), *config.beside.values()]
         self._running: dict[str, RunningJob] = {}
         self._closed = False  # `_wake` guards both
         self.threads = [
@@ -79,7 +82,10 @@ class ThreadPool(JobQueue):
             job.job.cancel()
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
-        return [f"the call of {job!r}" for job in list(self._running.values())]
+        hanging = [f"the call of {job!r}" for job in list(self._running.values())]
+        if not hanging:
+            detach(self._modules)
+        return hanging
 
     def _work(self) -> None:
         use_device(self.health.device)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
-from weakref import WeakSet, WeakValueDictionary
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -58,20 +60,20 @@ class Chosen:
 
     def __init__(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         self._adapters = [(adapter, scale) for adapter, scale in adapters if scale]
-        self._arguments: dict[nn.Module, torch.Tensor] = {}
+        self._arguments: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
 
     def attach(self) -> None:
         """Have the layers know these adapters; between two forwards."""
-        for adapter, _ in self._adapters:
-            _known[adapter.number] = adapter
-            for module in adapter.modules:
-                _adapted.add(module)
-            for layer, part in adapter.layers.items():
-                _hook_of(layer).parts[adapter.number] = part
+        with _attaching:
+            for adapter, _ in self._adapters:
+                _known[adapter.number] = adapter
+                for module in adapter.modules:
+                    _adapted.add(module)
+                for layer, part in adapter.layers.items():
+                    _hook_of(layer).parts[adapter.number] = part
 
     def argument(self, module: nn.Module) -> torch.Tensor:
-        """The value of ADAPTERS for a call of one row; the one adapter is no argument for another
-        module than its own."""
+        """The value of ADAPTERS for a call of one row, of the adapters of this module alone."""
         argument = self._arguments.get(module)
         if argument is None:
             own = [
@@ -127,8 +129,7 @@ def chosen(
 
 
 def with_adapters(module: nn.Module, kwargs: dict[str, Any], owner: Any) -> dict[str, Any]:
-    """The arguments of a call of a job, `owner`, with its adapters, if any job's have layers of
-    this module."""
+    """The arguments of an owner's call with its adapters, if any have layers of this module."""
     if module not in _adapted:
         return kwargs
     chosen: Chosen = getattr(owner, "adapters", NONE)
@@ -143,10 +144,17 @@ def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
         table = kwargs.pop(ADAPTERS, None)
         if table is None:
             return function(*args, **kwargs)
-        with _running(_rows_of(table)):
+        with _running(_rows_of(table, any(itertools.starmap(_uneven, kwargs.items())))):
             return function(*args, **kwargs)
 
     return call
+
+
+def _uneven(name: str, value: Any) -> bool:
+    """Whether an argument's rows may differ in size: a module may put their tokens in one line."""
+    if isinstance(value, list):
+        return len({getattr(row, "shape", None) for row in value}) > 1
+    return "mask" in name and isinstance(value, torch.Tensor)
 
 
 def detach(modules: Collection[nn.Module]) -> None:
@@ -173,7 +181,7 @@ class LayerHook:
         for group in rows.groups:
             part = self.parts.get(group.number)
             if part is not None:
-                adapted = group.apply(part, args[0], adapted, rows.count)
+                adapted = group.apply(part, args[0], adapted, rows)
         return adapted if adapted is output else adapted.to(output.dtype)
 
 
@@ -188,8 +196,7 @@ def _hook_of(layer: nn.Module) -> LayerHook:
 
 
 class _Group:
-    """An adapter, and the rows of a forward that it is for, in order; all if None. `scale` is that
-    of each, or of all."""
+    """An adapter, the rows of a forward that it is for (all if None), and the scale of each."""
 
     def __init__(
         self, number: int, scale: float | list[float], rows: list[int] | None = None
@@ -199,13 +206,15 @@ class _Group:
         self._rows = rows
 
     def apply(
-        self, part: AdapterLayer, x: torch.Tensor, result: torch.Tensor, count: int
+        self, part: AdapterLayer, x: torch.Tensor, result: torch.Tensor, rows: _Rows
     ) -> torch.Tensor:
-        """The result with the adapter's part in its rows, of `count`. Raises ValueError if the
-        layer's input has not as many entries for each row."""
+        """The result with the adapter's part in its rows. Raises ValueError if the layer's input
+        has not as many entries for each row."""
         if self._rows is None:
             return part.apply(x, result, self._scale)  # type: ignore[arg-type]
-        if len(x) % count or len(result) != len(x):
+        count = rows.total
+        in_one_line = x.ndim == 2 and len(x) != count
+        if len(result) != len(x) or len(x) % count or (rows.uneven and in_one_line):
             raise ValueError(
                 f"adapters cannot be told by rows: a layer gets {len(x)} entries, its call has "
                 f"{count} rows"
@@ -218,23 +227,20 @@ class _Group:
 
     @functools.cached_property
     def _all_rows(self) -> list[_Span]:
-        assert self._rows is not None
-        return [_Span(self._rows, self._scale)]
+        return [_Span(self._rows or [], self._scale)]
 
     @functools.cached_property
     def _rows_by_scale(self) -> list[_Span]:
         if not isinstance(self._scale, list):
             return self._all_rows
-        assert self._rows is not None
         found: dict[float, list[int]] = {}
-        for row, scale in zip(self._rows, self._scale, strict=True):
+        for row, scale in zip(self._rows or [], self._scale, strict=True):
             found.setdefault(scale, []).append(row)
         return [_Span(rows, scale) for scale, rows in found.items()]
 
 
 class _Span:
-    """Rows that are adapted at once. A forward has many layers, with inputs of few shapes: what
-    these take is made once."""
+    """Rows that are adapted at once. What layers' inputs of one shape take is made once."""
 
     def __init__(self, rows: list[int], scale: float | list[float]) -> None:
         self._rows = rows
@@ -244,9 +250,9 @@ class _Span:
 
     def index(self, each: int, device: torch.device) -> Any:
         """Where the rows' entries are, `each` so many."""
-        first, last = self._rows[0], self._rows[-1]
-        if last - first + 1 == len(self._rows):
-            return slice(first * each, (last + 1) * each)
+        first, past = self._rows[0], self._rows[-1] + 1
+        if past - first == len(self._rows):
+            return slice(first * each, past * each)
         key = (each, device)
         if key not in self._indices:
             entries = [row * each + i for row in self._rows for i in range(each)]
@@ -264,15 +270,15 @@ class _Span:
         return self._factors[key]
 
 
-class _Rows:
-    """What the rows of a forward are adapted by, in order."""
+class _Rows(NamedTuple):
+    """What the rows of a forward are adapted by, in order. `uneven`: they may differ in size."""
 
-    def __init__(self, count: int, groups: list[_Group]) -> None:
-        self.count = count
-        self.groups = groups
+    total: int
+    groups: list[_Group]
+    uneven: bool = False
 
 
-def _rows_of(table: torch.Tensor) -> _Rows:
+def _rows_of(table: torch.Tensor, uneven: bool) -> _Rows:
     """The value of ADAPTERS, read. Raises ValueError for one that none of the engine's calls has,
     as a proof may try."""
     count = len(table)
@@ -292,7 +298,7 @@ def _rows_of(table: torch.Tensor) -> _Rows:
             groups.append(
                 _Group(int(number), scales[0] if one else scales, None if everywhere else rows)
             )
-    return _Rows(count, groups)
+    return _Rows(count, groups, uneven)
 
 
 @contextlib.contextmanager
@@ -307,3 +313,4 @@ def _running(rows: _Rows) -> Iterator[None]:
 _rows: ContextVar[_Rows | None] = ContextVar("stepweave_adapters", default=None)
 _known: WeakValueDictionary[float, Adapter] = WeakValueDictionary()
 _adapted: WeakSet[nn.Module] = WeakSet()  # modules of which layers have hooks
+_attaching = threading.Lock()

@@ -30,6 +30,11 @@ def inside_engine(owner: object) -> bool:
     return owner is not None and getattr(_here, "owner", None) is owner
 
 
+def inside_any_engine() -> bool:
+    """Whether the calling thread is an engine's, whose jobs cannot go on meanwhile."""
+    return getattr(_here, "owner", None) is not None
+
+
 class Progress(NamedTuple):
     """Denoising steps done, and in total as far as known; (0, 0) until the first loop begins."""
 

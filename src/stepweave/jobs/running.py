@@ -219,5 +219,6 @@ class RunningJob:
         if self._error is not None or outcome.error is not None:
             outcome = Outcome(error=self._error or self._health.reported(outcome.error))
         self._observer = None
+        self.adapters = NONE  # others may need their memory at once
         self.job.deliver(outcome)
         return outcome

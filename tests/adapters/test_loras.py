@@ -1,0 +1,485 @@
+"""Loras under attack: files that change, memory that is short, and many threads at once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepweave import Loras, StepEngine
+from stepweave.adapters import loras as module
+from stepweave.errors import (
+    EngineClosedError,
+    LoraError,
+    LoraNotFoundError,
+    RequestCancelledError,
+)
+from tests.support.loras import hooks_of, plain, save_lora
+from tests.support.tiny import FAMILIES
+from tests.support.together import SECONDS, TOLERANCE, Gate, difference, numbers
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+SD3 = FAMILIES["stable_diffusion_3"]
+EFFECT = 0.01
+TARGETS = {"transformer": ("to_q", "to_v", "ff.net.0.proj"), "text_encoder": ("q_proj", "v_proj")}
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Three adapters of one size."""
+    folder = tmp_path_factory.mktemp("contents")
+    first = save_lora(folder / "0.safetensors", SD3.build, TARGETS)
+    return [first.read_bytes(), *(other(first, seed).read_bytes() for seed in (1, 2))]
+
+
+def other(first: Path, seed: int) -> Path:
+    """A file like the first one, with other numbers."""
+    torch.manual_seed(seed)
+    tensors = {
+        key: value.std() * torch.randn(value.shape) for key, value in load_file(first).items()
+    }
+    file = first.with_name(f"{seed}.safetensors")
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+def request(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    return SD3.arguments("a red circle", seed=seed, steps=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def expected(contents: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    """What plain calls with each of them give."""
+    folder = tmp_path_factory.mktemp("plain")
+    files = {}
+    for i, content in enumerate(contents):
+        files[f"number{i}"] = folder / f"{i}.safetensors"
+        files[f"number{i}"].write_bytes(content)
+    using = plain(SD3.build(), files)
+    results = [numbers(using([(name, 1.0)])(**request())) for name in files]
+    assert min(difference(results[i], results[i - 1]) for i in range(3)) > EFFECT
+    return results
+
+
+def right(job: Any, expected: torch.Tensor) -> None:
+    assert difference(numbers(job.result(SECONDS)), expected) <= TOLERANCE
+
+
+def submit(engine: StepEngine, *names: str, **options: Any) -> Any:
+    return engine.submit(**request(), lora=[(name, 1.0) for name in names], **options)
+
+
+def until(happened: Callable[[], Any]) -> None:
+    for _ in range(100 * SECONDS):
+        if happened():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it has not happened")
+
+
+# Files that change
+
+
+def replace(file: Path, content: bytes) -> None:
+    """As careful programs do."""
+    new = file.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(file)
+
+
+def overwrite(file: Path, content: bytes) -> None:
+    """As `cp` does."""
+    with file.open("r+b") as stream:
+        stream.write(content)
+        stream.truncate()
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("change", [pytest.param(replace, marks=pytest.mark.full), overwrite])
+def test_jobs_keep_the_weights_of_a_file_that_is_replaced(
+    change: Callable[[Path, bytes], None], contents: list[bytes], expected: list[torch.Tensor],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """All have the same prompt, whose encoder is adapted, too, and its results cached."""
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(contents[0])
+    pipeline = SD3.build()
+    loras = Loras(pipeline, tmp_path)
+    with StepEngine(pipeline, loras=loras) as engine:
+        gate = Gate()
+        right(submit(engine, "one"), expected[0])
+        old = submit(engine, "one", observer=gate)
+        change(file, contents[1])
+        new = submit(engine, "one")
+        change(file, contents[2])
+        newest = submit(engine, "one")
+        change(file, contents[0])
+        again = submit(engine, "one")
+        gate.open()
+        for job, wanted in ((old, 0), (new, 1), (newest, 2), (again, 0)):
+            right(job, expected[wanted])
+        assert loras.stats().loads <= 4
+        assert len(loras.loaded()) == 1
+
+
+def test_a_file_that_is_cut_off_while_it_is_used_harms_nobody(
+    contents: list[bytes], expected: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """Were its weights mapped, the process would end."""
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(contents[0])
+    pipeline = SD3.build()
+    with StepEngine(pipeline, loras=Loras(pipeline, tmp_path)) as engine:
+        gate = Gate()
+        old = submit(engine, "one", observer=gate)
+        os.truncate(file, 100)
+        with pytest.raises(
+            LoraError, match="'one' cannot be used: one.safetensors: damaged or cut"
+        ):
+            submit(engine, "one")
+        gate.open()
+        right(old, expected[0])
+        file.write_bytes(contents[1])
+        right(submit(engine, "one"), expected[1])
+        file.unlink()
+        with pytest.raises(LoraNotFoundError):
+            submit(engine, "one")
+
+
+@pytest.mark.full
+def test_a_file_that_changes_while_it_is_read_is_not_used(
+    contents: list[bytes], expected: list[torch.Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(contents[0])
+    pipeline = SD3.build()
+    loras = Loras(pipeline, tmp_path)
+
+    def changing(*args: Any, **kwargs: Any) -> Any:
+        found = read(*args, **kwargs)
+        replace(file, contents[1])
+        return found
+
+    read = module.read_lora
+    with StepEngine(pipeline, loras=loras) as engine:
+        with (
+            mock.patch.object(module, "read_lora", changing),
+            pytest.raises(LoraError, match="has changed while it was read; try again"),
+        ):
+            submit(engine, "one")
+        right(submit(engine, "one"), expected[1])
+
+
+def test_an_adapter_is_removed_and_loaded_again_while_jobs_use_it(
+    contents: list[bytes], expected: list[torch.Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    pipeline = SD3.build()
+    loras = Loras(pipeline, tmp_path)
+    with StepEngine(pipeline, loras=loras) as engine:
+        gates = [Gate(), Gate()]
+        first = submit(engine, "one", observer=gates[0])
+        bytes = loras.stats().bytes
+        loras.remove("one")
+        assert loras.names() == []
+        with pytest.raises(LoraNotFoundError):
+            submit(engine, "one")
+        with pytest.raises(LoraNotFoundError):
+            loras.remove("one")
+        assert loras.stats().bytes == bytes  # which the job still uses
+        loras.load("one")
+        second = submit(engine, "one", observer=gates[1])
+        assert loras.stats().bytes == bytes
+        loras.remove("one")
+        gc.collect()
+        gates[0].open()
+        gates[1].open()
+        right(first, expected[0])
+        right(second, expected[0])
+        until(lambda: loras.stats().bytes == 0)
+        loras.load("one")
+        right(submit(engine, "one"), expected[0])
+
+
+# Memory
+
+
+@pytest.fixture
+def three(contents: list[bytes], tmp_path: Path) -> tuple[Path, int]:
+    """A directory of four adapters, and the memory for three."""
+    for i in range(4):
+        (tmp_path / f"number{i}.safetensors").write_bytes(contents[i % 3])
+    loras = Loras(SD3.build(), tmp_path)
+    return tmp_path, 3 * loras.load("number0").bytes + 5000
+
+
+@pytest.mark.full
+def test_the_least_recently_used_leaves_but_none_in_use(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    with StepEngine(pipeline, loras=loras) as engine:
+        gate = Gate()
+        held = submit(engine, "number0", observer=gate)
+        loras.load("number1")
+        loras.load("number2")
+        loras.load("number1")
+        loras.load("number3")
+        assert sorted(loras.loaded()) == ["number0", "number1", "number3"]
+        assert loras.stats().evictions == 1
+        gate.open()
+        right(held, expected[0])
+        right(submit(engine, "number2"), expected[2])
+
+
+@pytest.mark.full
+def test_what_never_fits_into_memory_is_refused_by_name(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    with StepEngine(pipeline, loras=Loras(pipeline, folder, max_bytes=5000)) as engine:
+        with pytest.raises(LoraError, match="'number1' cannot be used: it has .* bytes; the limit"):
+            submit(engine, "number1")
+        submit(engine).result(SECONDS)
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    with StepEngine(pipeline, loras=loras) as engine:
+        with pytest.raises(LoraError, match="The LoRAs .*number3.* bytes together; the limit is"):
+            submit(engine, "number0", "number1", "number2", "number3")
+        right(submit(engine, "number1"), expected[1])
+        submit(engine, "number3", "number2", "number1").result(SECONDS)
+
+
+def test_who_waits_for_memory_goes_on_when_jobs_end_or_are_cancelled(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    with StepEngine(pipeline, loras=loras) as engine, ThreadPoolExecutor(2) as threads:
+        for end in ("ends", "is cancelled"):
+            gate = Gate()
+            jobs = [submit(engine, f"number{i}", observer=gate) for i in range(3)]
+            try:
+                waiting = [threads.submit(submit, engine, "number3")]
+                until(lambda: loras._waiting)
+                waiting.append(threads.submit(submit, engine, "number1"))
+                if end == "is cancelled":
+                    for job in jobs:
+                        job.cancel()
+                assert not any(future.done() for future in waiting)
+            finally:
+                gate.open()
+            right(waiting[0].result(SECONDS), expected[0])
+            right(waiting[1].result(SECONDS), expected[1])
+            for job, wanted in zip(jobs, expected, strict=True):
+                if end == "ends":
+                    right(job, wanted)
+                else:
+                    assert isinstance(job.exception(SECONDS), RequestCancelledError)
+
+
+@pytest.mark.full
+def test_an_engine_that_closes_ends_the_wait_for_memory(three: tuple[Path, int]) -> None:
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    engine = StepEngine(pipeline, loras=loras)
+    gate = Gate()
+    jobs = [submit(engine, f"number{i}", observer=gate) for i in range(3)]
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(submit, engine, "number3")
+        try:
+            until(lambda: loras._waiting)
+            closing = threads.submit(engine.close)
+        finally:
+            gate.open()
+        closing.result(SECONDS)
+        assert isinstance(waiting.exception(SECONDS), EngineClosedError)
+    assert all(job.done() for job in jobs)
+
+
+@pytest.mark.full
+def test_an_engines_own_thread_does_not_wait_for_its_jobs(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    errors: list[BaseException] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        try:
+            submit(engine, "number3")
+        except LoraError as error:
+            errors.append(error)
+        return tensors
+
+    with StepEngine(pipeline, loras=loras) as engine:
+        names = [(f"number{i}", 0.0 if i else 1.0) for i in range(3)]
+        right(engine.submit(**request(callback_on_step_end=callback), lora=names), expected[0])
+    assert "All memory for LoRAs is in use by jobs that wait for this thread" in str(errors[0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["step", "threads"])
+def test_many_adapters_pass_through_a_memory_of_three(
+    mode: Any, contents: list[bytes], tmp_path: Path
+) -> None:
+    first = tmp_path / "0.safetensors"
+    first.write_bytes(contents[0])
+    count = 100
+    files = {f"number{i}": other(first, i) for i in range(1, count + 1)}
+    pipeline = SD3.build()
+    wanted = {}
+    for name, file in files.items():
+        wanted[name] = numbers(plain(pipeline, {name: file})([(name, 0.9)])(**request()))
+        pipeline.delete_adapters([name])
+    pipeline = SD3.build()
+    max_bytes = 3 * Loras(pipeline, tmp_path).load("0").bytes + 5000
+    loras = Loras(pipeline, files=files, max_bytes=max_bytes)
+    most = []
+
+    def one(seed: int) -> None:
+        name = f"number{1 + seed * 37 % count}"
+        job = engine.submit(**request(), lora=[(name, 0.9)])
+        most.append(loras.stats().bytes)
+        right(job, wanted[name])
+
+    with StepEngine(pipeline, mode, loras=loras) as engine, ThreadPoolExecutor(5) as threads:
+        list(threads.map(one, range(2 * count)))
+        stats = loras.stats()
+    assert max(most) <= max_bytes
+    assert stats.evictions >= count - 3
+    assert stats.failures == 0
+    assert stats.loaded <= 3
+
+
+# Threads and engines
+
+
+@pytest.mark.full
+def test_others_run_on_while_an_adapter_is_read(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    folder, _ = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder)
+    reading, go_on = threading.Event(), threading.Event()
+    threads_of_reading = []
+
+    def slow(file: Path, name: str, *args: Any, **kwargs: Any) -> Any:
+        threads_of_reading.append(threading.current_thread().name)
+        reading.set()
+        assert go_on.wait(SECONDS)
+        return read(file, name, *args, **kwargs)
+
+    read = module.read_lora
+    with StepEngine(pipeline, loras=loras) as engine, ThreadPoolExecutor(2) as threads:
+        loras.load("number0")
+        with mock.patch.object(module, "read_lora", slow):
+            late = threads.submit(submit, engine, "number1")
+            try:
+                assert reading.wait(SECONDS)
+                right(submit(engine, "number0"), expected[0])
+                submit(engine).result(SECONDS)
+                assert not late.done()
+            finally:
+                go_on.set()
+            right(late.result(SECONDS), expected[1])
+    assert not any("engine" in name for name in threads_of_reading)
+
+
+@pytest.mark.full
+def test_engines_of_one_process_do_not_know_each_others_adapters(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    """Those of the second are let go of while the first one's are in use."""
+    folder, _ = three
+    pipelines = [SD3.build(), SD3.build()]
+    sources = [Loras(pipeline, folder) for pipeline in pipelines]
+    with StepEngine(pipelines[0], loras=sources[0]) as one:
+        gate = Gate()
+        held = submit(one, "number0", observer=gate)
+        with StepEngine(pipelines[1], loras=sources[1]) as two:
+            right(submit(two, "number1"), expected[1])
+            right(submit(two, "number0"), expected[0])
+            for name in ("number0", "number1"):
+                sources[1].remove(name)
+            gc.collect()
+        gate.open()
+        right(held, expected[0])
+        assert one.stats().errors == 0
+
+
+@pytest.mark.full
+def test_threads_that_start_jobs_at_once_add_an_adapter_once(
+    three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    folder, _ = three
+    for _ in range(3):
+        pipeline = SD3.build()
+        loras = Loras(pipeline, folder)
+        loras.load("number0")
+        with StepEngine(pipeline, "threads", threads=4, loras=loras) as engine:
+            jobs = [submit(engine, "number0") for _ in range(4)]
+            for job in jobs:
+                right(job, expected[0])
+            layers = [part for part in pipeline.transformer.modules() if part._forward_hooks]
+            assert layers
+            assert all(len(layer._forward_hooks) == 1 for layer in layers)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["step", "threads", "off", "request"])
+def test_nothing_is_left_behind(
+    mode: Any, three: tuple[Path, int], expected: list[torch.Tensor]
+) -> None:
+    """Neither adapters, nor hooks, nor the pipeline itself."""
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    before = numbers(pipeline(**request()))
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    for _ in range(2):  # a second engine of the same pipeline, too
+        with StepEngine(pipeline, mode, loras=loras) as engine:
+            jobs = [submit(engine, "number0"), submit(engine, "number1"), submit(engine)]
+            right(jobs[0], expected[0])
+            right(jobs[1], expected[1])
+            assert difference(numbers(jobs[2].result(SECONDS)), before) <= TOLERANCE
+            failing = engine.submit(**request(height=-1), lora=[("number2", 1.0)])
+            assert failing.exception(SECONDS) is not None
+            adapters = [weakref.ref(adapter) for adapter in loras.loaded().values()]
+            weights = [
+                weakref.ref(part)
+                for adapter in adapters
+                for part in adapter().layers.values()  # type: ignore[union-attr]
+            ]
+            for name in ("number0", "number1", "number2"):
+                loras.remove(name)
+            assert loras.stats().bytes == 0  # although the callers have their jobs
+            gc.collect()
+            assert len(adapters) == 3
+            assert not any(adapter() for adapter in adapters)
+            assert not any(part() for part in weights)
+            for name in ("number0", "number1", "number2"):
+                loras.load(name)
+        assert hooks_of(pipeline) == []
+    assert torch.equal(numbers(pipeline(**request())), before)
+    kept = weakref.ref(pipeline.transformer)
+    del pipeline, loras, engine, jobs, failing
+    gc.collect()
+    assert kept() is None
