@@ -104,6 +104,9 @@ def read_argument(
     value = _value_type(annotation)
     if value is None and type(default) in _SCALARS:
         value = type(default)
+    if value is None and isinstance(default, (list, tuple)):
+        kinds = {type(element) for element in default}
+        value = list[kinds.pop()] if kinds in ({int}, {float}) else None  # type: ignore[misc]
     if value is None:
         return None
     if has_scalar(value, str) and (

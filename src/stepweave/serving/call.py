@@ -208,12 +208,27 @@ def call_arguments(
         **_images(pipeline, parameters, enlargement, copies=copies),
     }
     return {
+        **_schedules(pipeline, parameters.num_inference_steps),
         **default_arguments(pipeline, always),
         **{
             name: call.arguments[name].passed(value) if name in call.arguments else value
             for name, value in given.items()
             if value is not None and name in arguments
         },
+    }
+
+
+def _schedules(pipeline: Any, steps: int) -> dict[str, Any]:
+    """The arguments whose default has a number for each of the pipeline's own number of steps, with
+    as many as there are `steps`, over the same course."""
+    usual = default_of(pipeline, "num_inference_steps")
+    if not usual or steps == usual:
+        return {}
+    defaults = {name: one.default for name, one in described(pipeline).arguments.items()}
+    return {
+        name: type(default)(default[i * usual // steps] for i in range(steps))
+        for name, default in defaults.items()
+        if isinstance(default, (list, tuple)) and len(default) == usual > 1
     }
 
 
