@@ -228,8 +228,8 @@ def test_an_unknown_name_is_refused_with_one_that_is_like_it(own: InProcess) -> 
         ("width", "(did you mean size?)"),
         ("num_images_per_prompt", "(did you mean n?)"),
         ("sampler", "(did you mean scheduler?)"),
-        ("latents", "requests send texts, numbers, flags and images"),
-        ("callback_on_step_end", "requests send texts, numbers, flags and images"),
+        ("callback_on_step_end", "requests send texts, numbers, flags, images and some tensors"),
+        ("cross_attention_kwargs", "requests send texts, numbers, flags, images and some tensors"),
     ],
 )
 def test_names_of_others_are_known(own: InProcess, name: str, told: str) -> None:
@@ -297,7 +297,7 @@ def test_values_that_the_pipeline_fails_with_are_the_requests_fault(own: InProce
 
 def test_the_model_says_what_it_takes(own: InProcess) -> None:
     found = {one.pop("name"): one for one in details(own)["arguments"]}
-    assert set(found) == set(VALUES)
+    assert set(found) == {*VALUES, "latents"}
     assert found["layers"] == {
         "type": "integer", "required": False, "default": 2, "minimum": 1, "maximum": 4,
         "max_items": None, "max_length": None, "description": "",

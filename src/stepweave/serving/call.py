@@ -21,7 +21,9 @@ from stepweave.loading.trials import Size
 from stepweave.parameters import OPTIONAL_ARGUMENTS, Parameters, Sources
 from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, IP_ADAPTER_SCALE
+from stepweave.serving.tensors import passed_tensors
 
+LANCZOS = "lanczos"  # as image processors call the server's filter
 DEFAULT_STRENGTH = 0.8  # of pipelines without a default of their own
 
 
@@ -204,7 +206,7 @@ def call_arguments(
         "height": parameters.height,
         **({} if call.count is None else {call.count: parameters.n}),
         "strength": parameters.strength,
-        **parameters.arguments,
+        **passed_tensors(parameters.arguments, pipeline),
         **_images(pipeline, parameters, enlargement, copies=copies),
     }
     return {
@@ -255,10 +257,11 @@ def ip_adapter_arguments(pipeline: Any, parameters: Parameters) -> dict[str, Any
 
 def scales_images(pipeline: Any) -> bool:
     """Whether a diffusers pipeline scales images itself to the width and height that it takes, and
-    with another filter than most, which have an image processor for it."""
+    with another filter than most, whose image processor has the server's."""
     sized = {"width", "height"} <= described(pipeline).takes
-    own = isinstance(pipeline, DiffusionPipeline) and not hasattr(pipeline, "image_processor")
-    return sized and own
+    config = getattr(getattr(pipeline, "image_processor", None), "config", {})
+    usual = hasattr(pipeline, "image_processor") and config.get("resample", LANCZOS) == LANCZOS
+    return sized and isinstance(pipeline, DiffusionPipeline) and not usual
 
 
 def _images(
