@@ -216,7 +216,12 @@ class Parameters:
             values["lora"] = [{"name": name, "scale": scale} for name, scale in self.lora]
         for name, names in self.components:
             values[name] = names[0] if len(names) == 1 else list(names)
-        return values | dict(self.arguments)
+        given = self.arguments.items()
+        # of what JSON has no value for, such as a tensor, a text about it
+        return values | {
+            name: value if isinstance(value, (bool, int, float, str, list, tuple)) else str(value)
+            for name, value in given
+        }
 
 
 class ResolvedLora(Resource):

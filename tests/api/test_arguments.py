@@ -228,8 +228,8 @@ def test_an_unknown_name_is_refused_with_one_that_is_like_it(own: InProcess) -> 
         ("width", "(did you mean size?)"),
         ("num_images_per_prompt", "(did you mean n?)"),
         ("sampler", "(did you mean scheduler?)"),
-        ("latents", "requests send texts, numbers, flags and images"),
-        ("callback_on_step_end", "requests send texts, numbers, flags and images"),
+        ("callback_on_step_end", "requests send texts, numbers, flags, images and some tensors"),
+        ("cross_attention_kwargs", "requests send texts, numbers, flags, images and some tensors"),
     ],
 )
 def test_names_of_others_are_known(own: InProcess, name: str, told: str) -> None:
@@ -252,6 +252,42 @@ def test_a_list_of_sigmas_is_the_number_of_steps(own: InProcess) -> None:
     assert (status, param) == (400, "num_inference_steps") and "sigmas has 3 elements" in message
 
 
+class Scheduled(FakePipeline):
+    """With a number for each of its usual steps."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 4,
+        guidance_schedule: list = (7.0, 7.0, 7.0, 3.0),  # type: ignore[type-arg,assignment]
+        num_images_per_prompt: int = 1,
+        generator: list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> SimpleNamespace:
+        made = super().__call__(
+            prompt, None, height, width, num_inference_steps, 1.0,
+            num_images_per_prompt, generator, output_type,
+        )  # fmt: skip
+        self.record.calls[-1]["guidance_schedule"] = guidance_schedule
+        return made
+
+
+def test_a_schedule_of_the_usual_steps_fits_those_of_the_request(in_process: Make) -> None:
+    app = in_process(Scheduled(), warmup=False)
+    schedules = {
+        8: (7.0, 7.0, 7.0, 7.0, 7.0, 7.0, 3.0, 3.0),
+        4: (7.0, 7.0, 7.0, 3.0),
+        2: (7.0, 7.0),
+    }
+    for steps, expected in schedules.items():
+        assert app.post(num_inference_steps=steps).status_code == 200
+        assert app.pipeline.record.calls[-1]["guidance_schedule"] == expected
+    assert app.post(num_inference_steps=2, guidance_schedule=[5, 6]).status_code == 200
+    assert app.pipeline.record.calls[-1]["guidance_schedule"] == [5.0, 6.0]
+
+
 def test_values_that_the_pipeline_fails_with_are_the_requests_fault(own: InProcess) -> None:
     assert own.post().status_code == 200
     status, param, message = error(own.post(clip_skip=13))
@@ -261,7 +297,7 @@ def test_values_that_the_pipeline_fails_with_are_the_requests_fault(own: InProce
 
 def test_the_model_says_what_it_takes(own: InProcess) -> None:
     found = {one.pop("name"): one for one in details(own)["arguments"]}
-    assert set(found) == set(VALUES)
+    assert set(found) == {*VALUES, "latents"}
     assert found["layers"] == {
         "type": "integer", "required": False, "default": 2, "minimum": 1, "maximum": 4,
         "max_items": None, "max_length": None, "description": "",

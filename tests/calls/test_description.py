@@ -47,6 +47,8 @@ NEEDS = {
     "DiT": ("class_labels",),
     "StableDiffusionAttendAndExcite": ("token_indices",),
     "DDPM": (),
+    "KandinskyV22": ("image_embeds", "negative_image_embeds"),
+    "StableDiffusionDiffEdit": ("image_latents", "mask_image"),
 }
 
 
@@ -72,7 +74,7 @@ def test_every_family_of_the_tests_makes_images_and_needs_nothing_unknown() -> N
         assert (found.kind, found.unknown_needs) == ("image", ())
 
 
-def test_nothing_but_texts_numbers_flags_and_images_is_offered() -> None:
+def test_nothing_but_texts_numbers_flags_images_and_tensors_is_offered() -> None:
     """By what the pipelines' signatures say, not by what we made of it."""
     described_calls = image_calls()
     assert len(described_calls) > 190
@@ -84,8 +86,10 @@ def test_nothing_but_texts_numbers_flags_and_images_is_offered() -> None:
                 assert never not in annotation, (one.pipeline, name)
             assert not name.startswith("_")
             if not argument.is_file:
+                tensors = argument.type == "tensor"
+                assert ("Tensor" in annotation) >= tensors, (one.pipeline, name)
                 assert "Tensor" not in str(argument.value), (one.pipeline, name)
-        for name in ("latents", "prompt_embeds", "callback_on_step_end", "generator", "seed"):
+        for name in ("callback_on_step_end", "generator", "seed", "masked_image_latents"):
             assert name not in one.arguments and name not in one.images
 
 
@@ -107,6 +111,40 @@ def test_these_are_all_the_texts_that_can_be_sent() -> None:
         if has_scalar(argument.value, str)
     }
     assert found == set(TEXTS)
+
+
+# Of diffusers 0.42: all tensors that requests may send. One that is new here: what does an index
+# in it read, and how much work does its size mean?
+TENSORS = """
+    attention_mask controlnet_pooled_projections depth_map encoder_hidden_states hint
+    image_embeddings image_embeds image_latents latents negative_attention_mask
+    negative_encoder_hidden_states negative_image_embeds negative_pooled_prompt_embeds
+    negative_prompt_attention_mask negative_prompt_attention_mask_2 negative_prompt_embeds
+    negative_prompt_embeds_2 negative_prompt_embeds_clip negative_prompt_embeds_llama3
+    negative_prompt_embeds_mask negative_prompt_embeds_mask_2 negative_prompt_embeds_pooled
+    negative_prompt_embeds_qwen negative_prompt_embeds_t5 pooled_prompt_embeds prior_token_ids
+    prompt_attention_mask prompt_attention_mask_2 prompt_embeds prompt_embeds_2 prompt_embeds_clip
+    prompt_embeds_llama3 prompt_embeds_mask prompt_embeds_mask_2 prompt_embeds_pooled
+    prompt_embeds_qwen prompt_embeds_t5
+""".split()
+
+
+def test_these_are_all_the_tensors_that_can_be_sent() -> None:
+    found = {
+        name
+        for one in image_calls()
+        for name, argument in one.arguments.items()
+        if argument.type == "tensor"
+    }
+    assert found == set(TENSORS)
+    unknown = [one.pipeline for one in image_calls() if one.unknown_needs]
+    assert unknown == ["VersatileDiffusionDualGuidedPipeline"]
+
+
+def test_a_list_of_tensors_is_told_from_one() -> None:
+    z_image, flux = call("ZImage").arguments, call("Flux").arguments
+    assert z_image["prompt_embeds"].several and not flux["prompt_embeds"].several
+    assert not call("KandinskyV22").arguments["image_embeds"].several  # may be either
 
 
 def test_no_text_is_a_file_or_a_url_to_a_pipeline() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tests.pipelines.registry import CALLS, Entry, example_image, mask
@@ -124,7 +125,9 @@ def _candidates(entry: Entry, plain: Plain, base: Case) -> Iterator[tuple[str, l
 
 
 def _varies(values: list[Any]) -> bool:
-    """Whether the entry's own calls differ in an argument; in images they do."""
+    """Whether the entry's own calls differ in an argument; in images and tensors they do."""
+    if any(isinstance(value, torch.Tensor) for value in values):
+        return True
     first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
     return isinstance(first, Image.Image) or any(value != values[0] for value in values)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from tests.pipelines.registry import CALLS, Entry
 from tests.served.candidates import Options, options
+from tests.served.entries import UNWARMED
 from tests.served.plain import Case, Plain, case
 from tests.served.requests import Answer, NotAskedError, check_sayable
 from tests.served.saving import fixed, save
@@ -66,7 +67,9 @@ def check(entry: Entry) -> Report:
         cases += [each for each, _ in found.cases]
         expected += [images for _, images in found.cases]
         try:
-            with serving(folder, fixed(entry), _pixels(cases, expected)) as served:
+            further = {"STEPWEAVE_WARMUP": "false"} if entry.name in UNWARMED else {}
+            pixels = _pixels(cases, expected)
+            with serving(folder, fixed(entry), pixels, **further) as served:
                 return _asked(report, served, cases, expected)
         except NotServedError as error:
             return replace(report, failed=str(error)[:LONGEST])

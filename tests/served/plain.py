@@ -139,13 +139,14 @@ class Plain:
         arguments["generator"] = generators if self.takes_lists else generators[0]
         if kind in OUTPUT_TYPES:
             arguments["output_type"] = OUTPUT_TYPES[kind]
-        if isinstance(self.pipeline, ModularPipeline):
-            found = self.pipeline(output="images", **arguments)
-        else:
-            output = self.pipeline(**arguments)
-            found = next(
-                value for name in RESULTS if (value := getattr(output, name, None)) is not None
-            )
+        with np.errstate(invalid="raise"):  # numbers that are not finite become pixels
+            if isinstance(self.pipeline, ModularPipeline):
+                found = self.pipeline(output="images", **arguments)
+            else:
+                output = self.pipeline(**arguments)
+                found = next(
+                    value for name in RESULTS if (value := getattr(output, name, None)) is not None
+                )
         return list(_arrays(found, signed="Normals" in kind))
 
 

@@ -13,11 +13,13 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from tests.served.plain import Case, as_array
 from tests.served.saving import IP_ADAPTER
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+FILE_TYPE = "application/octet-stream"
 FILE_NAMES = {"mask_image": "mask"}  # of images; others have the pipeline's own name
 
 
@@ -35,9 +37,6 @@ class Answer:
 
 def check_sayable(case: Case) -> None:
     """Raise NotAskedError for arguments that no request has."""
-    tensors = [name for name, value in case.arguments.items() if isinstance(value, torch.Tensor)]
-    if tensors:
-        raise NotAskedError(f"needs tensors: {', '.join(tensors)}")
     nested = [
         name
         for name, value in case.arguments.items()
@@ -58,15 +57,21 @@ async def ask(client: httpx.AsyncClient, case: Case, preset: Collection[str]) ->
     }
     files = [part for name, value in given.items() for part in _files(name, value)]
     fields = {name: value for name, value in given.items() if not _files(name, value)}
+    tensors = {name: save({name: one}) for name, one in fields.items() if _is_tensor(one)}
     if "width" in fields and "height" in fields:
         fields["size"] = f"{fields.pop('width')}x{fields.pop('height')}"
     if "ip_adapter_image" in given:
         fields["ip_adapter"] = IP_ADAPTER
     fields |= {"seed": case.seed} | ({"n": case.n} if case.n != 1 else {})
     if files:
-        response = await client.post(EDITS, data=_form(fields), files=files)
+        texts = {name: value for name, value in fields.items() if name not in tensors}
+        files += [
+            (name, (f"{name}.safetensors", file, FILE_TYPE)) for name, file in tensors.items()
+        ]
+        response = await client.post(EDITS, data=_form(texts), files=files)
     else:
-        response = await client.post(GENERATIONS, json=fields)
+        sent = {name: base64.b64encode(file).decode() for name, file in tensors.items()}
+        response = await client.post(GENERATIONS, json={**fields, **sent})
     if response.status_code != 200:
         return Answer([], f"{response.status_code} {_message(response)}")
     try:
@@ -77,12 +82,20 @@ async def ask(client: httpx.AsyncClient, case: Case, preset: Collection[str]) ->
 
 
 def _files(name: str, value: Any) -> list[tuple[str, tuple[str, bytes, str]]]:
-    """The parts of a form for an argument; none if it is not an image, or a list of images."""
+    """The parts of a form for an argument; none if it is not an image, or a list of images. A
+    mask that the plain call has as a tensor, of 0 and 1, is an image for a request."""
+    if name == "mask_image" and _is_tensor(value):
+        pixels = (value.squeeze() * 255).to(torch.uint8).numpy()
+        return [(FILE_NAMES[name], _file(Image.fromarray(pixels)))]
     if isinstance(value, Image.Image):
         return [(FILE_NAMES.get(name, name), _file(value))]
     if isinstance(value, list) and value and isinstance(value[0], Image.Image):
         return [(f"{name}[]", _file(image)) for image in value]
     return []
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _file(image: Image.Image) -> tuple[str, bytes, str]:

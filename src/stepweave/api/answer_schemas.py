@@ -120,7 +120,7 @@ class ModelArgument(Resource):
     type: ArgumentType
     required: bool
     default: Any = Field(description="The preset's, or else the pipeline's own.")
-    minimum: float | None = Field(description="Of numbers.")
+    minimum: float | None = Field(description="Of numbers, and of those in a tensor.")
     maximum: float | None
     max_items: int | None = Field(description="Of lists.")
     max_length: int | None = Field(description="Characters of a text, or of each in a list.")

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, TypeVar
@@ -126,9 +126,9 @@ class _Parser(MultiPartParser):
 
 
 async def read_form(request: Request, fields: RequestFields) -> Form:
-    """A multipart form, whose files are the images of `fields`. Several of one name may be named as
-    in `image[]`. What is empty counts as absent: a text, and a file without a name, as browsers
-    send what was not filled in.
+    """A multipart form, whose files are the images and tensors of `fields`; a tensor becomes a text
+    in base64, as JSON has it. Several of one name may be named as in `image[]`. What is empty
+    counts as absent: a text, and a file without a name, as browsers send what was not filled in.
 
     Raises InvalidRequestError for a form that cannot be read, a name that comes too often, a field
     that is a file or the other way round.
@@ -157,14 +157,35 @@ async def read_form(request: Request, fields: RequestFields) -> Form:
             for name, field in fields.arguments.items()
             if takes_lists(field.argument.value)
         }
-        return _sorted(data, known, fields.same, lists)
+        return _sorted(await _with_tensors(data, fields.tensors), known, fields.same, lists)
     except BaseException:
         await data.close()
         raise
 
 
+async def _with_tensors(data: FormData, names: Collection[str]) -> list[tuple[str, Any]]:
+    """A form's fields, of which files of these names are texts in base64."""
+
+    def text_of(file: UploadFile) -> str:
+        with file.file:
+            return base64.b64encode(file.file.read()).decode()
+
+    return [
+        (
+            name,
+            await on_thread(None, text_of, value)
+            if isinstance(value, UploadFile) and (name.removesuffix("[]") or name) in names
+            else value,
+        )
+        for name, value in data.multi_items()
+    ]
+
+
 def _sorted(
-    data: FormData, known: dict[str, bool], same: Mapping[str, str], lists: Mapping[str, bool]
+    items: Iterable[tuple[str, Any]],
+    known: dict[str, bool],
+    same: Mapping[str, str],
+    lists: Mapping[str, bool],
 ) -> Form:
     """`known` are the names of files, and whether each is a mask; `same` are names that mean
     others; `lists` are arguments whose elements may come one by one, and whether they are texts."""
@@ -172,7 +193,7 @@ def _sorted(
     elements: dict[str, list[str]] = {}
     found: list[UploadedFile] = []
     warnings: list[str] = []
-    for given, value in data.multi_items():
+    for given, value in items:
         name = _name(given, same)
         if isinstance(value, str):
             value = value.removeprefix(BYTE_ORDER_MARK)

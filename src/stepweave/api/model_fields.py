@@ -8,7 +8,14 @@ import operator
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    create_model,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from stepweave.api.schemas import Edit, Files
@@ -17,8 +24,10 @@ from stepweave.calls import (
     ArgumentField,
     Bounds,
     RequestFields,
+    SentTensor,
     has_scalar,
     parts_of,
+    read_tensor,
     takes_lists,
 )
 from stepweave.parameters import ImageRequest
@@ -26,6 +35,12 @@ from stepweave.parameters import ImageRequest
 RequestT = TypeVar("RequestT", bound=ImageRequest)
 
 _UNIONS = (Union, UnionType)
+TENSOR = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "contentMediaType": "application/octet-stream",
+}
+OF_TENSOR = "A file of safetensors with one tensor, in base64 or as a data URL."
 
 
 def with_fields(
@@ -55,6 +70,9 @@ def _with_fields(
     if not fields.prompt:
         description = "This model takes none: it has no effect."
         prompt["prompt"] = (str | None, Field(None, description=description))
+    elif fields.for_prompt:
+        told = f"Description of the image; or send {' or '.join(fields.for_prompt)}."
+        prompt["prompt"] = (str | None, Field(None, min_length=1, description=told))
     made = create_model(schema.__name__, __base__=schema, **prompt, **arguments, **images)
     made.__doc__ = schema.__doc__
     made.ARGUMENTS = tuple(arguments)
@@ -69,6 +87,13 @@ def _image(argument: Argument) -> Any:
 
 def _member(field: ArgumentField, *, required: bool) -> Any:
     argument, bounds = field.argument, field.bounds
+    if argument.type == "tensor":
+        description = f"{argument.description} {OF_TENSOR}".strip()
+        kind = _tensor(argument, bounds)
+        # first None: what is read as a tensor is one, or ends the request
+        if required:
+            return (kind, Field(description=description))
+        return (None | kind, Field(None, description=description))
     kind = bounded(argument.value, bounds)
     if takes_lists(argument.value):
         kind = Annotated[kind, BeforeValidator(functools.partial(_of_text, argument.value))]
@@ -77,6 +102,20 @@ def _member(field: ArgumentField, *, required: bool) -> Any:
     default = argument.default
     told = "" if default is None or len(str(default)) > 60 else f" The pipeline's own: {default}."
     return (kind | None, Field(None, description=f"{argument.description}{told}".strip()))
+
+
+def _tensor(argument: Argument, bounds: Bounds) -> Any:
+    """The type of a tensor, as pydantic reads it from a text; in JSON that may be the only element
+    of a list, if the pipeline takes one."""
+
+    def read(value: Any) -> SentTensor:
+        if argument.several and isinstance(value, list) and len(value) == 1:
+            [value] = value
+        return read_tensor(argument.name, value, bounds, listed=argument.several)
+
+    one_or_list = {"anyOf": [TENSOR, {"type": "array", "items": TENSOR, "maxItems": 1}]}
+    schema = WithJsonSchema(one_or_list if argument.several else TENSOR)
+    return Annotated[Any, PlainValidator(read), PlainSerializer(str), schema]
 
 
 def bounded(value: Any, bounds: Bounds) -> Any:

@@ -199,6 +199,9 @@ def _as_form(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
     for name in fields.files:
         properties[name] = several if name in fields.several else FILE
     for name, field in schema["properties"].items():
+        if name in fields.tensors:
+            properties[name] = {**FILE, "description": field.get("description", "")}
+            continue
         values = {
             key: value
             for key, value in field.items()

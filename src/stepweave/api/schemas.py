@@ -310,6 +310,12 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
         raise explain(error, schema) from None
 
 
+async def parse_form_off_loop(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
+    """As `parse_form`, on another thread if a field is long, as tensors are."""
+    long = any(len(text) > LONG for text in fields.values())
+    return await on_thread(None, parse_form, fields, schema) if long else parse_form(fields, schema)
+
+
 def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequestError:
     """The first problem as an error; `schema` may name fields that are refused, and why."""
     problem: Any = error.errors(include_url=False)[0]
@@ -360,7 +366,7 @@ def _unknown(param: str | None, schema: type[BaseModel] | None) -> InvalidReques
     meant = MEANT.get(param or "")
     hint = f" (did you mean {meant}?)" if meant in known else did_you_mean(param or "", known)
     if param is not None and NEVER.search(param):
-        hint = "; requests send texts, numbers, flags and images"
+        hint = "; requests send texts, numbers, flags, images and some tensors"
     return InvalidRequestError(
         f"Unknown field {shown(param)}{hint}.",
         code="unknown_field",

@@ -10,6 +10,12 @@ from stepweave.calls.argument import (
 from stepweave.calls.bounds import Bounds, WorkLimits
 from stepweave.calls.description import CONTROL_IMAGE, CallDescription, Kind, described
 from stepweave.calls.fields import NONE, ArgumentField, RequestFields, fields_of
+from stepweave.calls.tensors import (
+    SentTensor,
+    has_tokens,
+    read_tensor,
+    stands_for_prompt,
+)
 
 __all__ = [
     "CONTROL_IMAGE",
@@ -21,10 +27,14 @@ __all__ = [
     "CallDescription",
     "Kind",
     "RequestFields",
+    "SentTensor",
     "WorkLimits",
     "described",
     "fields_of",
     "has_scalar",
+    "has_tokens",
     "parts_of",
+    "read_tensor",
+    "stands_for_prompt",
     "takes_lists",
 ]

@@ -15,7 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from PIL import Image
 
-ArgumentType = Literal["integer", "number", "boolean", "string", "array", "image", "mask"]
+from stepweave.calls.tensors import is_offered
+
+ArgumentType = Literal["integer", "number", "boolean", "string", "array", "image", "mask", "tensor"]
 
 _SCALARS: dict[Any, ArgumentType] = {
     bool: "boolean",
@@ -52,7 +54,7 @@ class Argument:
 
     `value` is the Python type of a value (int, float, bool, str, Literal, lists and tuples of
     them, unions); None for an image or a mask, of which `several` may be given if the annotation
-    allows a list.
+    allows a list, and for a tensor, of which there is a list if `several`.
     """
 
     name: str
@@ -76,16 +78,19 @@ class Argument:
 def read_argument(
     call: Callable[..., Any], parameter: inspect.Parameter, description: str
 ) -> Argument | None:
-    """The argument of a parameter of `call`; None if it is not one for requests, such as a tensor,
-    a callback, a module or a dictionary."""
+    """The argument of a parameter of `call`; None if it is not one for requests, such as a
+    callback, a module, a dictionary, or a tensor of inner steps."""
     name = parameter.name
     if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-        return None
-    if name in _OURS or _NEVER.search(name):
         return None
     required = parameter.default is parameter.empty
     default = None if required else parameter.default
     annotation = _annotation(call, parameter)
+    listed = _tensors(annotation)
+    if is_offered(name) and listed is not None:
+        return Argument(name, "tensor", None, None, required, listed, description)
+    if name in _OURS or _NEVER.search(name):
+        return None
     if _MASK.search(name) or _IMAGE.search(name):
         unknown = annotation in (None, Any)  # then the name has to do
         if unknown or _mentions(annotation, Image.Image) or _only_tensors(annotation, description):
@@ -104,6 +109,9 @@ def read_argument(
     value = _value_type(annotation)
     if value is None and type(default) in _SCALARS:
         value = type(default)
+    if value is None and isinstance(default, (list, tuple)):
+        kinds = {type(element) for element in default}
+        value = list[kinds.pop()] if kinds in ({int}, {float}) else None  # type: ignore[misc]
     if value is None:
         return None
     if has_scalar(value, str) and (
@@ -152,6 +160,18 @@ def parts_of(annotation: Any) -> tuple[Any, ...]:
 def _mentions(annotation: Any, kind: type) -> bool:
     """Whether a type occurs in an annotation, however deep."""
     return annotation is kind or any(_mentions(part, kind) for part in get_args(annotation))
+
+
+def _tensors(annotation: Any) -> bool | None:
+    """Whether an annotation has lists of tensors only; None if it is not of tensors. Images may be
+    among them."""
+    parts = [part for part in parts_of(annotation) if part not in (type(None), Image.Image)]
+    lists = [part for part in parts if get_origin(part) in _LISTS]
+    inner = [get_args(part)[0] if part in lists else part for part in parts]
+    names = {getattr(part, "__name__", "") for part in inner}
+    if not names or not names <= {"Tensor", "FloatTensor", "LongTensor", "BoolTensor"}:
+        return None
+    return len(lists) == len(parts)
 
 
 def _only_tensors(annotation: Any, description: str) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from stepweave.planning.workload import multiplies_work
@@ -48,6 +49,7 @@ class WorkLimits:
     train_timesteps: int = 1000  # of the scheduler
     classes: int | None = None  # of a class-conditional model
     modes: int | None = None  # kinds of images that a ControlNet takes
+    tables: Mapping[str, int] = field(default_factory=dict)  # lengths, by the argument with ids
 
 
 @dataclass(frozen=True)

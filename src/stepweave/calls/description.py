@@ -46,6 +46,7 @@ _MAY_NEED_IMAGES = re.compile(r"Edit")  # unless the image is documented to be o
 _NEEDED = {
     "QwenImageControlNetInpaintPipeline": ("control_mask",),
     "StableDiffusion3ControlNetInpaintingPipeline": ("control_mask",),
+    "StableDiffusionDiffEditPipeline": ("image_latents",),
     "StableDiffusionGLIGENPipeline": ("gligen_phrases", "gligen_boxes"),
     "VisualClozeGenerationPipeline": ("task_prompt", "content_prompt"),
     "VisualClozePipeline": ("task_prompt", "content_prompt"),
@@ -116,8 +117,11 @@ class CallDescription:
     @property
     def draws_for_images(self) -> bool:
         """Whether a call draws random numbers for the image that it begins with: then it needs one
-        for each result, else all but the first have other numbers."""
-        return "strength" in self.takes or self.mask is not None
+        for each result, else all but the first have other numbers. Pipelines that need tensors make
+        several results of one image themselves."""
+        known = self.arguments
+        tensors = any(name in known and known[name].type == "tensor" for name in self.needs)
+        return ("strength" in self.takes or self.mask is not None) and not tensors
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -132,7 +136,8 @@ class CallDescription:
 
     @property
     def unknown_needs(self) -> tuple[str, ...]:
-        """What a call cannot do without, and requests cannot send: tensors, mostly."""
+        """What a call cannot do without, and requests cannot send: functions, modules and some
+        tensors."""
         return tuple(
             name for name in self.needs if name not in self.images and name not in self.arguments
         )
@@ -173,6 +178,7 @@ def _described(pipeline: Any) -> CallDescription:
         if (argument := read_argument(call, parameter, texts.get(parameter.name, ""))) is not None
     }
     images = {name: argument for name, argument in found.items() if argument.is_file}
+    modular = hasattr(pipeline, "declared_outputs")
     output_type = parameters.get("output_type")
     return CallDescription(
         pipeline=name,
@@ -183,7 +189,9 @@ def _described(pipeline: Any) -> CallDescription:
         arguments={
             name: argument
             for name, argument in found.items()
-            if not argument.is_file and name not in FIELDS
+            if not argument.is_file
+            and name not in FIELDS
+            and not (modular and argument.type == "tensor")  # its blocks make them
         },
         images=images,
         needs=_needed(pipeline, parameters, images),

@@ -9,6 +9,7 @@ from typing import Any
 from stepweave.calls.argument import Argument, has_scalar
 from stepweave.calls.bounds import MOST_ELEMENTS, Bounds, WorkLimits, bounds_of
 from stepweave.calls.description import CONTROL_IMAGE, CallDescription
+from stepweave.calls.tensors import bounds_of_tensor, stands_for_prompt
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class RequestFields:
     def files(self) -> dict[str, Argument]:
         """The images without names that mean others."""
         return {name: one for name, one in self.images.items() if name not in self.same}
+
+    @property
+    def tensors(self) -> dict[str, Argument]:
+        """The arguments that are tensors."""
+        known = {name: one.argument for name, one in self.arguments.items()}
+        return {name: one for name, one in known.items() if one.type == "tensor"}
+
+    @property
+    def for_prompt(self) -> tuple[str, ...]:
+        """The arguments with which a request needs no prompt."""
+        return tuple(filter(stands_for_prompt, self.tensors))
 
 
 NONE = RequestFields()  # of a model that is not known yet
@@ -89,6 +101,8 @@ def fields_of(
 
 
 def _bounds(argument: Argument, default: Any, offered: Any, limits: WorkLimits) -> Bounds | None:
+    if argument.type == "tensor":
+        return bounds_of_tensor(argument.name, offered, limits.tables)
     if has_scalar(argument.value, str):
         return Bounds(0, 0, limits.images, limits.characters)  # each text of a list costs as much
     if not has_scalar(argument.value, int) and not has_scalar(argument.value, float):

@@ -19,7 +19,7 @@ _SAID: dict[Kind, str] = {
 
 def check_served(pipeline: Any, given: Collection[str] = ()) -> None:
     """Raise LoadError, naming the class and why, for a pipeline, or a class, that makes no images,
-    or that needs what requests cannot send, such as tensors. `given` are arguments that a preset
+    or that needs what requests cannot send, such as functions. `given` are arguments that a preset
     gives to every call."""
     call = described(pipeline)
     if call.kind != "image":
@@ -31,5 +31,5 @@ def check_served(pipeline: Any, given: Collection[str] = ()) -> None:
     if unknown:
         raise LoadError(
             f"{call.pipeline} needs {', '.join(unknown)}, which requests cannot send: they send "
-            "images, texts, numbers and flags"
+            "images, texts, numbers, flags and tensors of prompts and images"
         )

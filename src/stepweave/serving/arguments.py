@@ -58,6 +58,7 @@ def work_limits(
     scheduler = getattr(getattr(pipeline, "scheduler", None), "config", {})
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     config = getattr(denoiser, "config", None)
+    codes = getattr(config, "prior_vq_quantizer_codebook_size", None)
     classes = (getattr(config, name, None) for name in ("num_embeds_ada_norm", "num_class_embeds"))
     return WorkLimits(
         steps=settings.max_steps,
@@ -68,6 +69,7 @@ def work_limits(
         train_timesteps=scheduler.get("num_train_timesteps") or TRAIN_TIMESTEPS,
         modes=modes_of(guides),
         classes=next((number for number in classes if isinstance(number, int)), None),
+        tables={"prior_token_ids": codes} if isinstance(codes, int) else {},
     )
 
 

@@ -21,7 +21,9 @@ from stepweave.loading.trials import Size
 from stepweave.parameters import OPTIONAL_ARGUMENTS, Parameters, Sources
 from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, IP_ADAPTER_SCALE
+from stepweave.serving.tensors import passed_tensors
 
+LANCZOS = "lanczos"  # as image processors call the server's filter
 DEFAULT_STRENGTH = 0.8  # of pipelines without a default of their own
 
 
@@ -204,16 +206,31 @@ def call_arguments(
         "height": parameters.height,
         **({} if call.count is None else {call.count: parameters.n}),
         "strength": parameters.strength,
-        **parameters.arguments,
+        **passed_tensors(parameters.arguments, pipeline),
         **_images(pipeline, parameters, enlargement, copies=copies),
     }
     return {
+        **_schedules(pipeline, parameters.num_inference_steps),
         **default_arguments(pipeline, always),
         **{
             name: call.arguments[name].passed(value) if name in call.arguments else value
             for name, value in given.items()
             if value is not None and name in arguments
         },
+    }
+
+
+def _schedules(pipeline: Any, steps: int) -> dict[str, Any]:
+    """The arguments whose default has a number for each of the pipeline's own number of steps, with
+    as many as there are `steps`, over the same course."""
+    usual = default_of(pipeline, "num_inference_steps")
+    if not usual or steps == usual:
+        return {}
+    defaults = {name: one.default for name, one in described(pipeline).arguments.items()}
+    return {
+        name: type(default)(default[i * usual // steps] for i in range(steps))
+        for name, default in defaults.items()
+        if isinstance(default, (list, tuple)) and len(default) == usual > 1
     }
 
 
@@ -240,10 +257,11 @@ def ip_adapter_arguments(pipeline: Any, parameters: Parameters) -> dict[str, Any
 
 def scales_images(pipeline: Any) -> bool:
     """Whether a diffusers pipeline scales images itself to the width and height that it takes, and
-    with another filter than most, which have an image processor for it."""
+    with another filter than most, whose image processor has the server's."""
     sized = {"width", "height"} <= described(pipeline).takes
-    own = isinstance(pipeline, DiffusionPipeline) and not hasattr(pipeline, "image_processor")
-    return sized and own
+    config = getattr(getattr(pipeline, "image_processor", None), "config", {})
+    usual = hasattr(pipeline, "image_processor") and config.get("resample", LANCZOS) == LANCZOS
+    return sized and isinstance(pipeline, DiffusionPipeline) and not usual
 
 
 def _images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from stepweave.calls import SentTensor
 from stepweave.errors import (
     DeadlineExceededError,
     ImageCountError,
@@ -67,9 +68,13 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
         )
         return InvalidRequestError(f"The pipeline rejects these values: {refusal}")
     at_the_end = isinstance(cause, (ImageCountError, NonFiniteError))
-    own = dict(parameters.arguments)
-    if job.progress.step and not at_the_end:  # schedulers look up timesteps at each step
-        own = {name: value for name, value in own.items() if name in OWN_TIMES}
+    tensors = {
+        name: value for name, value in parameters.arguments.items() if isinstance(value, SentTensor)
+    }
+    own = {**tensors, **parameters.arguments}
+    if job.progress.step and not at_the_end:
+        # schedulers look up timesteps at each step; latents are decoded after the last one
+        own = {name: value for name, value in own.items() if name in (*OWN_TIMES, *tensors)}
     if parameters.sources is not None and not job.progress.step:
         # references, which have a size of their own
         result = parameters.width, parameters.height

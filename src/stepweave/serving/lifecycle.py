@@ -89,7 +89,7 @@ class Lifecycle:
         self.readers = DaemonExecutor(1, "stepweave-lora")
         self._closers = DaemonExecutor(2, "stepweave-close")
         self.decoders = Decoders(settings.max_input_pixels)
-        self._has_images = settings.warmup  # whether the model has been seen to make images
+        self._has_images = False  # whether the model has been seen to make images
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -230,6 +230,7 @@ class Lifecycle:
             served_at_once + settings.max_queue, loaded.engine.drain, max_wait=settings.max_wait
         )
         self.model, self.previewer = model, loaded.previewer
+        self._has_images = loaded.warmed_up
         self.device, self.dtype = loaded.device, loaded.dtype
         self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
         self.engine = loaded.engine

@@ -13,7 +13,7 @@ from stepweave.adapters.beside import Added
 from stepweave.adapters.control_pipelines import guides_of
 from stepweave.adapters.embeddings import Embedding
 from stepweave.adapters.loras import Loras
-from stepweave.calls import RequestFields, described, fields_of
+from stepweave.calls import RequestFields, described, fields_of, stands_for_prompt
 from stepweave.config import Settings
 from stepweave.config.components import IP_ADAPTER
 from stepweave.config.preset import Preset
@@ -86,6 +86,7 @@ from stepweave.serving.kinds import (
 from stepweave.serving.names import names_of
 from stepweave.serving.no_effect import spelling_warnings, warnings_of
 from stepweave.serving.pipelines import Pipelines
+from stepweave.serving.tensors import check_tensors, size_of_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ class ServedModel:
         components = chosen(asked, self.pipelines.components())
         kind, pipeline = kind_of(sources, components), self.pipeline_for(sources, components)
         call, limits = described(pipeline), self.limits_of(kind)
-        if "prompt" in call.takes:
+        if "prompt" in call.takes and not any(map(stands_for_prompt, asked)):
             check_prompt(request.prompt)
         if sources is not None:
             counts = {name: len(images) for name, images in sources.images.items()}
@@ -290,7 +291,11 @@ class ServedModel:
                 param="seed",
             )
         leading = None if sources is None else leading_image(call, sources)
-        width, height = self._size(request.size, kind, None if leading is None else leading.size)
+        size = size_of_tensors(given, pipeline, request.size, self.settings.max_pixels)
+        if size is None:
+            size = self._size(request.size, kind, None if leading is None else leading.size)
+        width, height = size
+        check_tensors(given, pipeline, self.preset.call, n, size)
         steps = resolve_steps(
             request.num_inference_steps,
             self.default_steps,

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stepweave.calls import NONE, RequestFields
+from stepweave.calls import NONE, RequestFields, SentTensor
 from stepweave.errors import DeadlineExceededError, NoImagesError
 from stepweave.images.encode import check_file
 from stepweave.parameters import Parameters
@@ -110,9 +110,11 @@ class Server(Lifecycle):
         check_file(
             request.output_format, request.output_compression, parameters.width, parameters.height
         )
-        if sources is None:
+        if sources is None and not any(
+            isinstance(value, SentTensor) for value in parameters.arguments.values()
+        ):
             call = served.call(parameters)
-        else:  # resizes the images
+        else:  # resizes images, and copies tensors
             call = await on_thread(None, served.call, parameters)
         lora = await self._loras_of(served, parameters, request.deadline_ms)
         return self._enter_engine(submission, parameters, call, lora, began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from stepweave.scheduling import Policy
     from stepweave.serving.model import ServedModel
 
+logger = logging.getLogger(__name__)
+
 # of the progress of a start, at the begin and the end of a stage
 SHARES = {"downloading": (0.1, 0.4), "loading": (0.4, 0.8)}
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
@@ -37,6 +40,7 @@ class Loaded:
     device: str
     dtype: str
     threads: int  # of the CPU
+    warmed_up: bool
 
 
 def load(
@@ -107,9 +111,13 @@ def load(
         beside=model.pipelines.modules(),
         loras=loras,
     )
+    needed = [name for name in model.fields.needs if name in model.fields.tensors]
+    warmed_up = settings.warmup and not needed
+    if settings.warmup and needed:
+        logger.warning("no warm-up: the shape of %s is that of requests", " and ".join(needed))
     try:
         model.drop_edits(engine)
-        if settings.warmup:
+        if warmed_up:
             size = f"{model.width}x{model.height}"
             enter("warming_up", 0.8, f"first images of {size}, and certificates")
             warm_up(model, engine)
@@ -117,4 +125,5 @@ def load(
     except BaseException:
         engine.close()
         raise
-    return Loaded(model, engine, previewer, str(device), str(dtype).removeprefix("torch."), threads)
+    told = str(device), str(dtype).removeprefix("torch.")
+    return Loaded(model, engine, previewer, *told, threads, warmed_up)

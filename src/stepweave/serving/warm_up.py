@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, get_args, get_origin
 
 import diffusers
-import torch
 import transformers
 from PIL import Image
 
@@ -39,6 +38,7 @@ from stepweave.serving.kinds import (
     Kind,
 )
 from stepweave.serving.model import ServedModel
+from stepweave.serving.tensors import dtype_of
 from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class WarmUp:
             engine.forget_encodings()  # so that text encoders run again, too
             enter_stage("certifying")
             together = self.run_together(native, most)
-            dtype = _dtype(self._model.pipeline)
+            dtype = dtype_of(self._model.pipeline)
             check_images(alone, together, dtype, lambda: self.run_together(native, FEW))
             if half is not None:
                 try:
@@ -213,7 +213,7 @@ class WarmUp:
             model.inputs.copies[kind] = copies
             both = self._made(replace(parameters, n=2))
             if both and second and len(both) == 2 * len(second):
-                if agree(both[len(second)], second[0], _dtype(pipeline)):
+                if agree(both[len(second)], second[0], dtype_of(pipeline)):
                     return
         logger.warning(
             "%s: images of one request are not those of their seeds; max_images is 1",
@@ -475,9 +475,3 @@ def _image(size: Size, angle: int = 0) -> Image.Image:
 
 def _mask(size: Size) -> Image.Image:
     return Image.linear_gradient("L").resize(size)
-
-
-def _dtype(pipeline: Any) -> torch.dtype:
-    """The pipeline's data type; float32 for pipelines that are not diffusers'."""
-    dtype = getattr(pipeline, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32

@@ -34,7 +34,7 @@ from stepweave.api.schemas import (
     BentoMLEditRequest,
     StreamRequest,
     is_json,
-    parse_form,
+    parse_form_off_loop,
     require_form,
     require_json,
 )
@@ -90,7 +90,8 @@ async def _read_edit(request: Request, server: Server, exits: contextlib.ExitSta
         form = exits.enter_context(await read_form(request, fields))
         place.settle()
         texts = {name: text for name, given in form.texts.items() if (text := _text(given))}
-        body = parse_form(texts, with_fields(BentoMLEditRequest, fields, files=False))
+        schema = with_fields(BentoMLEditRequest, fields, files=False)
+        body = await parse_form_off_loop(texts, schema)
     options = await edit_of(form, server, body, place)
     context_of(request.scope).submission = submission_of(
         request, body, **options, warnings=tuple(form.warnings)

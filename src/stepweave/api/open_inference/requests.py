@@ -35,6 +35,7 @@ DATATYPES: dict[ArgumentType, Sequence[str]] = {
     "number": FLOATS,
     "boolean": FLAGS,
     "string": TEXTS,
+    "tensor": TEXTS,  # a file of safetensors in base64
 }
 OUTPUTS = ("image", "parameters")
 TRITON_PRIORITIES: dict[int, PriorityName] = {1: "high", 2: "normal", 3: "low"}
@@ -70,7 +71,7 @@ def file_inputs(fields: RequestFields) -> tuple[str, ...]:
 def required_inputs(fields: RequestFields) -> tuple[str, ...]:
     """The inputs that every request has."""
     needs = (name for name in fields.needs if fields.arguments[name].argument.type in DATATYPES)
-    return (*(("prompt",) if fields.prompt else ()), *needs)
+    return (*(("prompt",) if fields.prompt and not fields.for_prompt else ()), *needs)
 
 
 def schema_of(fields: RequestFields) -> type[EditOrGeneration]:
@@ -140,10 +141,13 @@ def image_requests(
     """One request for each prompt, and its files by name; for a model without prompts, for each
     element of the longest input. Raises InvalidRequestError naming the tensor or parameter that is
     wrong."""
+    prompted = fields.prompt and not (set(fields.for_prompt) & {*given, *shared})
     leading = (
-        "prompt" if fields.prompt else max(given, key=lambda name: len(given[name]), default="")
+        "prompt"
+        if prompted or "prompt" in given
+        else max(given, key=lambda name: len(given[name]), default="")
     )
-    if fields.prompt and leading not in given:
+    if prompted and leading not in given:
         raise wrong(leading, "it is missing", code="missing_field")
     count = len(given[leading]) if leading else 1
     if not 1 <= count <= most:

@@ -49,7 +49,7 @@ from stepweave.api.schemas import (
     GenerationRequest,
     OpenAIRequest,
     is_json,
-    parse_form,
+    parse_form_off_loop,
     require_form,
     require_json,
 )
@@ -103,7 +103,8 @@ class OpenAIRoutes:
             with form:
                 place.settle()
                 if not in_json:
-                    body = parse_form(form.texts, with_fields(EditRequest, fields, files=False))
+                    schema = with_fields(EditRequest, fields, files=False)
+                    body = await parse_form_off_loop(form.texts, schema)
                 return await self._answer(request, body, form, place)
 
     async def variations(self, request: Request) -> Response:
@@ -237,7 +238,7 @@ def _arguments(model: ServedModel) -> list[ModelArgument]:
     for name, field in model.fields.arguments.items():
         argument, bounds = field.argument, field.bounds
         texts = has_scalar(argument.value, str)
-        numbers = argument.type in ("integer", "number", "array") and not texts
+        numbers = argument.type in ("integer", "number", "array", "tensor") and not texts
         found.append(
             ModelArgument(
                 name=name,
