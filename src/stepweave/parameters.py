@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 
 from stepweave.resource import Resource, absent
@@ -28,6 +28,7 @@ Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=
 
 MOST_LORAS = 8  # of a request
 MOST_LORA_SCALE = 10.0
+MAX_LORA_NAME = 128  # characters
 _LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
 
 
@@ -36,10 +37,8 @@ class LoraChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = Field(min_length=1, max_length=128, description="As `GET /v1/models` lists it.")
-    scale: float = Field(
-        1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE, description="Its share; 1 is all of it."
-    )
+    name: str = Field(min_length=1, max_length=MAX_LORA_NAME)
+    scale: float = Field(1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)
 
 
 def _loras(value: Any) -> Any:
@@ -75,8 +74,34 @@ def _lora_of_text(text: str) -> dict[str, Any]:
         raise PydanticCustomError("lora", _LORA_TEXT) from None
 
 
+_LORA_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {
+            "type": "string", "minLength": 1, "maxLength": MAX_LORA_NAME,
+            "description": "As `GET /v1/loras` lists it.",
+        },
+        "scale": {
+            "type": "number", "minimum": -MOST_LORA_SCALE, "maximum": MOST_LORA_SCALE, "default": 1,
+            "description": "Its share; 1 is all of it.",
+        },
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}  # fmt: skip
 Loras = Annotated[
-    list[LoraChoice], BeforeValidator(_loras), Field(min_length=1, max_length=MOST_LORAS)
+    list[LoraChoice],
+    BeforeValidator(_loras),
+    Field(min_length=1, max_length=MOST_LORAS),
+    WithJsonSchema(
+        {
+            "type": ["array", "string"],
+            "items": {"anyOf": [_LORA_SCHEMA, {"type": "string", "minLength": 1}]},
+            "minItems": 1,
+            "maxItems": MOST_LORAS,
+            "minLength": 1,
+        }
+    ),
 ]
 
 

@@ -65,7 +65,7 @@ BUDGETS = {
     "reasons": 100,
     "contained": 50,
     "resource": 50,
-    "parameters": 330,
+    "parameters": 360,
 }
 
 

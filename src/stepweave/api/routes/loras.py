@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stepweave.adapters.loras import Loras
 from stepweave.api.answer_schemas import LoraList, LoraModel, LoraRemoved
 from stepweave.api.bodies import whole_body
 from stepweave.api.context import context_of
@@ -16,6 +17,9 @@ from stepweave.api.schemas import parse, require_json
 from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
+
+if TYPE_CHECKING:
+    from stepweave.adapters.loras import Loras
 
 
 class LoraRequest(BaseModel):
