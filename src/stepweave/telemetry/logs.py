@@ -8,7 +8,9 @@ import sys
 import warnings
 
 # their warnings are for developers; what a user must know of a model, its loading checks and says
-_LIBRARIES = ("accelerate", "diffusers", "huggingface_hub", "torch", "torchao", "transformers")
+_LIBRARIES = (
+    "accelerate", "diffusers", "huggingface_hub", "peft", "torch", "torchao", "transformers",
+)  # fmt: skip
 # what the libraries read when they are imported, and set their loggers by
 _VERBOSITY = {
     "DIFFUSERS_VERBOSITY": "error",
