@@ -113,6 +113,12 @@ async def test_each_surface_gives_the_image_of_set_adapters(files: dict[str, Pat
             "POST", "/v2/models/shapes/infer", json.dumps(message).encode(), JSON
         ).done()
         assert inferred.status == 200, inferred.content
+        named = {"inputs": inputs[:1], "parameters": rest}
+        by_name = await app.send(
+            "POST", "/v2/models/rings/infer", json.dumps(named).encode(), JSON
+        ).done()
+        for data in by_name.json()["outputs"][0]["data"]:
+            assert abs(pixels_of(data) - expected([("rings", 1.0)])).max() <= 1
         first, second = inferred.json()["outputs"][0]["data"]
         assert abs(pixels_of(first) - both).max() <= 1
         assert abs(pixels_of(second) - expected([("rings", 1.0)])).max() <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from stepweave.serving.submission import Submission
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
+    from stepweave.adapters.loras import Loras
+    from stepweave.compat.row_adapters import Chosen
     from stepweave.engine import StepEngine
     from stepweave.serving.model import ServedModel
     from stepweave.store import FileStore
@@ -116,23 +119,27 @@ class Server(Lifecycle):
             call = served.call(parameters)
         else:  # resizes images, and copies tensors
             call = await on_thread(None, served.call, parameters)
-        lora = await self._loras_of(served, parameters, request.deadline_ms)
-        return self._enter_engine(submission, parameters, call, lora, began)
+        if served.loras is None or not parameters.lora:
+            return self._enter_engine(submission, parameters, call, (), began)
+        lora = served.loras.ready(parameters.lora)
+        if lora is not None:
+            return self._enter_engine(submission, parameters, call, lora, began)
+        # a place first, so that no more wait for memory than may be in flight
+        place = submission.reservation
+        with place or self.reserve(submission.fingerprint, submission.client) as place:
+            place.settle()
+            lora = await self._read_loras(served.loras, parameters, request.deadline_ms)
+            held = replace(submission, reservation=place)
+            return self._enter_engine(held, parameters, call, lora, began)
 
-    async def _loras_of(
-        self, served: ServedModel, parameters: Parameters, deadline_ms: int | None
-    ) -> Any:
-        """The LoRAs of a request, in memory. Others go on meanwhile. Raises LoraError,
+    async def _read_loras(
+        self, loras: Loras, parameters: Parameters, deadline_ms: int | None
+    ) -> Chosen:
+        """A request's LoRAs, once they are in memory; others go on meanwhile. Raises LoraError,
         DeadlineExceededError."""
-        if not parameters.lora:
-            return ()
-        assert served.loras is not None
-        ready = served.loras.ready(parameters.lora)
-        if ready is not None:
-            return ready
         try:
             async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
-                return await on_thread(self.readers, served.loras.choose, parameters.lora)
+                return await on_thread(self.readers, loras.choose, parameters.lora)
         except TimeoutError:
             raise DeadlineExceededError(
                 f"deadline_ms is {deadline_ms}; the LoRAs were not in memory until then."

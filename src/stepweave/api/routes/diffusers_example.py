@@ -20,7 +20,7 @@ from stepweave.api.responses import answer
 from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
-from stepweave.parameters import ImageRequest
+from stepweave.parameters import ImageRequest, Loras
 from stepweave.serving.server import Server
 from stepweave.serving.submission import Submission
 from stepweave.threads import on_thread
@@ -53,6 +53,7 @@ class DiffusersExampleRequest(BaseModel):
         "is less.",
     )
     num_images_per_prompt: Number = Field(1, ge=1, description="Number of images.")
+    lora: Loras | None = Field(None, description="LoRAs for these images, as other routes take.")
     model: str | None = Field(
         None, description="Ignored, as the example server does: this one has one model."
     )
@@ -88,6 +89,7 @@ class DiffusersExampleRoutes:
             prompt=body.prompt,
             negative_prompt=body.negative_prompt or None,  # to the example server both mean none
             num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
+            lora=body.lora,
         )
         root = base_url(request, settings)
         submission = submission_of(

@@ -158,7 +158,15 @@ class OpenInferenceRoutes:
             form = form_of_bytes(files, model.fields)
             edit = await edit_of(form, self.server, image, None) if files else {}
             submissions.append(
-                submission_of(request, image, part=i, asked=asked, warnings=warnings, **edit)
+                submission_of(
+                    request,
+                    image,
+                    part=i,
+                    model=request.path_params["model"],  # which may name a LoRA
+                    asked=asked,
+                    warnings=warnings,
+                    **edit,
+                )
             )
         work = [self.server.generate(submission) for submission in submissions]
         try:
