@@ -120,8 +120,15 @@ def test_honest_layers_share_forwards() -> None:
     assert stats.forwards["denoiser"].merged_share > 0.8
 
 
-@pytest.mark.parametrize("forward", [streams, tokens_first])
-@pytest.mark.parametrize("late", [False, True], ids=["", "once others are proven"])
+@pytest.mark.parametrize(
+    ("forward", "late"),
+    [
+        (streams, True),
+        pytest.param(streams, False, marks=pytest.mark.full),
+        pytest.param(tokens_first, True, marks=pytest.mark.full),
+        pytest.param(tokens_first, False, marks=pytest.mark.full),
+    ],
+)
 def test_rows_in_another_order_are_never_taken_for_others(forward: Any, late: bool) -> None:
     """That adapters of one layer can be told by rows says nothing about those of another."""
     stats = run(forward, *([HONEST] * 8 if late else []), *[OTHER] * 4)
