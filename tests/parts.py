@@ -25,6 +25,7 @@ NAMED = {
         "tests/engine/test_edits.py",
         "tests/engine/test_lora_company.py",
         "tests/engine/test_lora_families.py",
+        "tests/engine/test_loras.py",
         "tests/engine/test_schedulers.py",
     ],
     "memory": ["tests/memory/test_memory.py"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -22,6 +23,7 @@ from stepweave.errors import (
     EngineClosedError,
     LoraError,
     LoraNotFoundError,
+    OutOfMemoryError,
     RequestCancelledError,
 )
 from tests.support.loras import hooks_of, plain, save_lora
@@ -179,6 +181,37 @@ def test_a_file_that_changes_while_it_is_read_is_not_used(
         ):
             submit(engine, "one")
         right(submit(engine, "one"), expected[1])
+
+
+@pytest.mark.parametrize("where", ["open", "shutil.copyfile"])
+def test_a_file_that_cannot_be_read_for_a_while_is_tried_again(
+    where: str, contents: list[bytes], tmp_path: Path
+) -> None:
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(contents[0])
+    loras = Loras(SD3.build(), tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    patched = {
+        "open": mock.patch.object(Path, "open", side_effect=full),
+        "shutil.copyfile": mock.patch("shutil.copyfile", side_effect=full),
+    }[where]
+    with patched, pytest.raises(LoraError, match=r"one\.safetensors: No space left on device\.$"):
+        loras.load("one")
+    assert loras.load("one").name == "one"
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_file(
+    contents: list[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    loras = Loras(SD3.build(), tmp_path)
+    ran_out = torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        mock.patch("stepweave.adapters.lora_files.adapter_layer", side_effect=ran_out),
+        pytest.raises(OutOfMemoryError, match=r"one\.safetensors does not fit into memory"),
+    ):
+        loras.load("one")
+    assert loras.load("one").name == "one"
 
 
 def test_an_adapter_is_removed_and_loaded_again_while_jobs_use_it(

@@ -109,6 +109,7 @@ def test_jobs_of_any_adapters_and_scales_share_forwards_and_are_right(
     assert stats.unshared == []
 
 
+@pytest.mark.full
 def test_a_reproducible_job_is_bitwise_the_plain_call_with_set_adapters(
     engine: StepEngine, wanted: list[torch.Tensor]
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_callers_pipeline_is_unchanged(files: dict[str, Path]) -> None:
     assert torch.equal(numbers(pipeline(**request(1))), expected)
 
 
+@pytest.mark.full
 def test_rows_without_an_adapter_are_bitwise_those_of_the_same_batch_without_any(
     files: dict[str, Path],
 ) -> None:
@@ -155,7 +157,10 @@ def test_rows_without_an_adapter_are_bitwise_those_of_the_same_batch_without_any
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("mode", ["off", "threads", "request"])
+@pytest.mark.parametrize(
+    "mode",
+    ["off", *(pytest.param(mode, marks=pytest.mark.full) for mode in ("threads", "request"))],
+)
 def test_other_modes_give_the_same(
     mode: Any, files: dict[str, Path], wanted: list[torch.Tensor]
 ) -> None:
@@ -167,6 +172,7 @@ def test_other_modes_give_the_same(
             assert difference(numbers(job.result(SECONDS)), expected) <= TOLERANCE
 
 
+@pytest.mark.full
 def test_a_scale_among_the_arguments_for_attention_multiplies_the_adapters(
     engine: StepEngine, files: dict[str, Path]
 ) -> None:

@@ -92,7 +92,8 @@ def read_lora(
     """Read a LoRA for the modules of `pipeline`, which stay as they are, onto `device`. `twins` are
     modules with the same layers, by the component's name. Only safetensors are read.
 
-    Raises LoadError, naming the file; OutOfMemoryError.
+    Raises LoadError, naming the file; its cause is an OSError if another try may succeed.
+    OutOfMemoryError if it does not fit.
     """
     check_takes_loras(pipeline)
     bare = _bare(pipeline)
@@ -103,7 +104,8 @@ def read_lora(
             adapter = _taken(name, number, pipeline, bare, device, twins)
     except LoadError as error:
         named = error.message.startswith(file.name)
-        raise LoadError(error.message if named else f"{file.name}: {error.message}") from error
+        message = error.message if named else f"{file.name}: {error.message}"
+        raise LoadError(message) from error.__cause__
     except Exception as error:
         if ran_out(error):
             raise OutOfMemoryError(f"{file.name} does not fit into memory.") from error
@@ -127,7 +129,7 @@ def _copied(file: Path) -> Iterator[Path]:
         try:
             shutil.copyfile(file, copy)
         except OSError as error:
-            raise LoadError(f"{file.name}: {error.strerror or reason_of(error)}") from None
+            raise LoadError(f"{file.name}: {error.strerror or reason_of(error)}") from error
         yield copy
 
 

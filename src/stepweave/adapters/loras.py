@@ -222,7 +222,8 @@ class Loras:
             message = f"The LoRA {shown(name)} cannot be used: {error.message}."
             with self._changed:
                 self._failures += 1
-                if _version_or_none(self._found().get(name)) == version:
+                again = isinstance(error.__cause__, OSError)
+                if not again and _version_or_none(self._found().get(name)) == version:
                     self._failed[name] = (version, message)
             logger.warning("%s", message)
             raise LoraError(message, param="lora") from error
@@ -395,5 +396,5 @@ def _digest(file: Path) -> bytes:
             while chunk := stream.read(_CHUNK):
                 hasher.update(chunk)
     except OSError as error:
-        raise LoadError(f"{file.name}: {error.strerror}") from None
+        raise LoadError(f"{file.name}: {error.strerror}") from error
     return hasher.digest()

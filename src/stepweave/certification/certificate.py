@@ -8,13 +8,17 @@ from enum import Enum
 from typing import Any
 from weakref import WeakSet
 
+import torch
+
 from stepweave.batching.batch_axes import Path, Readings
 from stepweave.batching.call import Call
 from stepweave.certification.evidence import Span, distance, hull, readable, span
+from stepweave.compat.row_adapters import ADAPTERS
 from stepweave.reasons import UnsharedNote, UnsharedReason
 
 CONDITIONS = 8  # an unproven argument is tried at once under this many different conditions
 KEPT = 1024  # different constants that are remembered
+STRONGER = 4.0  # a scale of an adapter, by this factor, is looked at again
 RAGGED = "sizes"  # the variation of calls that differ in size
 
 
@@ -134,6 +138,8 @@ class Certificate:
     samples: frozenset[int] = frozenset()  # leaves of the sample
     constants: set[Hashable] = field(default_factory=set)  # of calls that were merged
     totals: set[int] = field(default_factory=set)  # rows of merged forwards
+    # the largest scales, by their numbers, of those compared in a forward with others
+    adapters: dict[float, float] = field(default_factory=dict)
     value: Callable[[tuple[Any, ...]], Hashable] = id  # a key of a leaf, equal for equal leaves
     names: tuple[str, ...] = ()  # of the arguments, by their positions among the leaves
     # jobs that have got results of merged forwards since the last check
@@ -225,10 +231,27 @@ class Certificate:
             new = True
         return new
 
+    def strangers(self, calls: Sequence[Call]) -> list[Call] | None:
+        """The first call and one of other adapters, if any of these is new or far stronger, which
+        it then no longer is: it may be of other layers than those that have been proven."""
+        first: Any = calls[0].arguments.get(ADAPTERS)
+        for call in calls[1:] if first is not None else ():
+            table = call.arguments[ADAPTERS]
+            if table is first or torch.equal(table, first):
+                continue
+            every = torch.cat([first, table], dim=1)[0].tolist()
+            both = [(number, abs(scale)) for number, scale in every]
+            if any(scale > STRONGER * self.adapters.get(number, 0.0) for number, scale in both):
+                for number, scale in both:
+                    self.adapters[number] = max(scale, self.adapters.get(number, 0.0))
+                return [calls[0], call]
+        return None
+
     def forget(self) -> None:
         """Forget everything that was proven."""
         for collection in (self.proven, self.spans, self.held, self.constants, self.totals):
             collection.clear()
+        self.adapters.clear()
         self.rows, self.spread, self.passed, self.divisible = 0, 0.0, 0, None
 
     def name(self, variation: Any) -> str:

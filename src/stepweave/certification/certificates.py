@@ -127,6 +127,9 @@ class Certificates:
         if spread(alike) > certificate.spread:
             by_size = sorted(alike, key=lambda call: call.extents)
             return Verdict.PROVE, _with_first(first, by_size[0], by_size[-1])
+        strangers = certificate.strangers(alike)
+        if strangers is not None:
+            return Verdict.LOOK, strangers
         unseen = certificate.is_new(alike)
         if sum(call.rows for call in alike) > REACH * certificate.rows:
             return Verdict.AUDIT, alike

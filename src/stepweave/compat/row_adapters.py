@@ -124,7 +124,7 @@ def chosen(
     for name in ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"):
         given = kwargs.get(name)
         scale = given.get("scale") if isinstance(given, Mapping) else None
-        factor *= 1.0 if scale is None else scale
+        factor *= scale if isinstance(scale, (int, float)) else 1.0
     return source.choose([(name, scale * factor) for name, scale in lora])
 
 
