@@ -398,18 +398,18 @@ def test_while_loading_everything_is_503_but_livez(in_process: Make) -> None:
 
 
 def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> None:
-    class NoTensors:
-        def __call__(self, prompt: str, latents: torch.Tensor) -> None: ...
+    class Needing:
+        def __call__(self, prompt: str, network: torch.nn.Module) -> None: ...
 
     app = in_process(ready=False)
-    app.server._load_pipeline = lambda *_: (NoTensors(), Preset())
+    app.server._load_pipeline = lambda *_: (Needing(), Preset())
     app.server.start()
     app.server._loader.join(SECONDS)
     for path in ("/readyz", "/livez"):
         response = app.client.get(path)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "load_failed"
-        assert "NoTensors needs latents, which requests cannot send" in response.json()["message"]
+        assert "Needing needs network, which requests cannot send" in response.json()["message"]
 
 
 class Films(FakePipeline):
