@@ -441,6 +441,35 @@ def dashboard() -> model.Dashboard:
                 ),
             ),
         ],
+        "LoRAs": [
+            graph(
+                "LoRAs in memory",
+                "LoRAs in the memory of each server process.",
+                "none",
+                (
+                    f"max by (pod, instance) ({series('stepweave_loras_loaded')})",
+                    "{{pod}} {{instance}}",
+                ),
+            ),
+            graph(
+                "Memory of LoRAs",
+                "Bytes of the LoRAs in memory of each server process.",
+                "bytes",
+                (
+                    f"max by (pod, instance) ({series('stepweave_lora_bytes')})",
+                    "{{pod}} {{instance}}",
+                ),
+            ),
+            graph(
+                "LoRAs read and evicted",
+                "LoRAs per second that were read, refused because of their file, or left memory "
+                "for others; and the share of time in which one was being read.",
+                "none",
+                (rate("stepweave_lora_loads_total", "result"), "read, {{result}}"),
+                (rate("stepweave_lora_evictions_total", "job"), "evicted"),
+                (rate("stepweave_lora_load_seconds_total", "job"), "share of time"),
+            ),
+        ],
         "Storage": [
             graph(
                 "Failures of the stores",

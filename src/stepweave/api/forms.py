@@ -152,7 +152,7 @@ async def read_form(request: Request, fields: RequestFields) -> Form:
             raise InvalidRequestError(
                 "The form is cut short: its closing boundary is missing.", code="invalid_form"
             )
-        lists = {
+        lists = {"lora": True} | {
             name: has_scalar(field.argument.value, str)
             for name, field in fields.arguments.items()
             if takes_lists(field.argument.value)

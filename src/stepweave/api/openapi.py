@@ -232,6 +232,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         limits["scheduler"] = {"enum": sorted(model.schedulers)}
         absent = set(OPTIONAL_ARGUMENTS) - set(model.arguments)
         absent |= set() if model.schedulers else {"scheduler"}
+        absent |= set() if model.loras is not None else {"lora"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
         sizes += f" {model.limits.sizes}"
     of_edits = {} if model is None else model.limits_of_edits

@@ -25,7 +25,8 @@ class RequestFields:
 
     `images` are names of files, `image` and `mask` included; `same` are their names that mean one
     of these, and `several` those that a request may have several times. `prompt` is whether the
-    model takes one; `needs` are the arguments that every request must have.
+    model takes one; `needs` are the arguments that every request must have; `loras` is whether
+    requests may name some.
     """
 
     arguments: Mapping[str, ArgumentField] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class RequestFields:
     several: Collection[str] = ()
     prompt: bool = True
     needs: tuple[str, ...] = ()
+    loras: bool = False
 
     @property
     def files(self) -> dict[str, Argument]:

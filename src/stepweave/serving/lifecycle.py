@@ -80,6 +80,7 @@ class Lifecycle:
             ready=lambda: self.health().ready,
             stores=lambda: self.jobs.stores() if self.jobs else {},
             free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
+            loras=lambda: self.model.loras.stats() if self.model and self.model.loras else None,
         )
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
         # a separate thread, so that previews do not delay images

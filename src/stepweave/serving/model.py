@@ -191,6 +191,7 @@ class ServedModel:
             ),
             self.inputs.several_of(pipelines),
         )
+        fields = replace(fields, loras=self.loras is not None)
         return with_components(fields, self.pipelines.components())
 
     @property

@@ -50,7 +50,7 @@ class ModelNames:
 
     def refusal(self, name: str, loras: Collection[str] = ()) -> str:
         """Why a request may not use this name, and what to do."""
-        if hint := did_you_mean(name, loras):
+        if ":" not in name and (hint := did_you_mean(name, loras)):
             return f"There is no model and no LoRA {shown(name)}{hint}."
         if self.any:
             return (

@@ -15,6 +15,7 @@ from stepweave.store import REASONS as STORE_REASONS
 from stepweave.telemetry.stages import StageTimes
 
 if TYPE_CHECKING:
+    from stepweave.adapters.loras import LoraStats
     from stepweave.engine import EngineStats
     from stepweave.store import StoreHealth
 
@@ -203,6 +204,42 @@ class StoreCollector(Collector):
                 failures.add_metric([name, reason], health.failures[reason] if health else 0)
             writable.add_metric([name], health is not None and health.writable)
         yield from (failures, writable)
+
+
+class LoraCollector(Collector):
+    """`stepweave_loras_loaded`, `stepweave_lora_bytes`, `stepweave_lora_loads_total{result}`,
+    `stepweave_lora_evictions_total` and `stepweave_lora_load_seconds_total`."""
+
+    def __init__(self, stats: Callable[[], LoraStats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for kind, name, documentation, value in (
+            (GaugeMetricFamily, "stepweave_loras_loaded", "LoRAs in memory.", "loaded"),
+            (GaugeMetricFamily, "stepweave_lora_bytes", "Memory of LoRAs.", "bytes"),
+            (
+                CounterMetricFamily,
+                "stepweave_lora_evictions",
+                "LoRAs that left memory for others.",
+                "evictions",
+            ),
+            (
+                CounterMetricFamily,
+                "stepweave_lora_load_seconds",
+                "Seconds of reading LoRAs into memory.",
+                "seconds",
+            ),
+        ):
+            yield kind(name, documentation, value=getattr(stats, value, 0))
+        loads = CounterMetricFamily(
+            "stepweave_lora_loads",
+            "LoRAs read into memory (ok), or refused for their file (failed).",
+            labels=["result"],
+        )
+        loads.add_metric(["ok"], getattr(stats, "loads", 0))
+        loads.add_metric(["failed"], getattr(stats, "failures", 0))
+        yield loads
 
 
 class VramCollector(Collector):

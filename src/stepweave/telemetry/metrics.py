@@ -25,6 +25,7 @@ from stepweave.telemetry.collectors import (
     EngineCollector,
     LabelledCollector,
     LoadCollector,
+    LoraCollector,
     RefusalCollector,
     RequestCollector,
     StoreCollector,
@@ -33,6 +34,7 @@ from stepweave.telemetry.collectors import (
 from stepweave.telemetry.stages import StageTimes
 
 if TYPE_CHECKING:
+    from stepweave.adapters.loras import LoraStats
     from stepweave.engine import EngineStats, Job
     from stepweave.store import StoreHealth
 
@@ -57,7 +59,8 @@ class Metrics:
     The other arguments are called at each scrape: `in_flight` counts accepted requests, `waiting`
     those of them that wait; `engine` gives the engine's statistics, or None; `refused` the requests
     that admission refused, by reason; `stores` the health of each store; `free_bytes` their free
-    space, or NaN; `clients` the names of the clients with an API key.
+    space, or NaN; `clients` the names of the clients with an API key; `loras` the statistics of
+    LoRAs, or None.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Metrics:
         stores: Callable[[], Mapping[str, StoreHealth]] = dict,
         free_bytes: Callable[[], float] = lambda: math.nan,
         clients: Callable[[], Iterable[str]] = tuple,
+        loras: Callable[[], LoraStats | None] = lambda: None,
     ) -> None:
         self.in_flight = in_flight
         self.registry = CollectorRegistry()
@@ -161,6 +165,7 @@ class Metrics:
         GCCollector(registry=series)
         series.register(EngineCollector(engine))
         series.register(RefusalCollector(refused))
+        series.register(LoraCollector(loras))
         series.register(StoreCollector(stores))
         Gauge(
             "stepweave_store_free_bytes",

@@ -54,6 +54,8 @@ def accepted_inputs(arguments: Collection[str], fields: RequestFields) -> dict[s
         if (name not in OPTIONAL_ARGUMENTS or name in arguments)
         and (name != "prompt" or fields.prompt)
     }
+    if fields.loras:
+        found["lora"] = TEXTS
     for name, known in fields.arguments.items():
         if known.argument.type in DATATYPES and name not in found:
             found[name] = DATATYPES[known.argument.type]

@@ -1,0 +1,264 @@
+"""LoRAs over HTTP: named on every surface, listed as models; loaded by administrators."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepweave.config.loras import LoraPlaces
+from tests.support.asgi import App, Exchange, serving
+from tests.support.loras import plain, save_lora
+from tests.support.project import ROOT
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_torch_thread")]
+
+ADMIN, USER = "an-administrators-key", "a-users-own-long-key"
+KEYS = f"root: {ADMIN} admin\nalice: {USER}\n"
+PROMPT, SEED, STEPS = "a red circle", 1, 4
+BODY = {"prompt": PROMPT, "seed": SEED, "num_inference_steps": STEPS, "guidance_scale": 2.0}
+BOTH = [{"name": "rings", "scale": 0.5}, {"name": "chalk", "scale": 0.7}]
+EFFECT = 3  # levels of a pixel
+
+
+def shapes() -> Any:
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        ROOT / "models" / "shapes", text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        "rings": save_lora(folder / "rings.safetensors", shapes, {"transformer": ("to_q", "to_v")}),
+        "chalk": save_lora(
+            folder / "chalk" / "weights.safetensors", shapes, {"transformer": ("to_k",)}, seed=1
+        ),
+    }
+
+
+@contextlib.asynccontextmanager
+async def server(folder: Path | None, **settings: Any) -> AsyncIterator[App]:
+    places = None if folder is None else LoraPlaces(directory=folder)
+    async with serving(shapes(), batching="step", loras=places, **settings) as app:
+        yield app
+
+
+def pixels_of(data: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+
+
+def pixels(exchange: Exchange) -> np.ndarray:
+    assert exchange.status == 200, exchange.content
+    return pixels_of(exchange.json()["data"][0]["b64_json"])
+
+
+async def test_each_surface_gives_the_image_of_set_adapters(files: dict[str, Path]) -> None:
+    using = plain(shapes(), files)
+    given = {**BODY, "max_sequence_length": 256}
+    import torch
+
+    def expected(lora: list[tuple[str, float]]) -> np.ndarray:
+        call = {name: value for name, value in given.items() if name != "seed"}
+        generator = torch.Generator().manual_seed(SEED)
+        image = using(lora)(**call, generator=generator, output_type="np").images[0]
+        return np.asarray(image * 255).round().astype(int)
+
+    none, both = expected([]), expected([("rings", 0.5), ("chalk", 0.7)])
+    assert abs(none - both).max() > EFFECT
+    async with server(files["rings"].parent) as app:
+        bodies = [
+            app.post(**{**BODY, "lora": BOTH}),
+            app.post(**{**BODY, "lora": "rings:0.5,chalk:0.7"}),
+            app.post(**{**BODY, "lora": ["rings:0.5", {"name": "chalk", "scale": 0.7}]}),
+            app.post(**BODY),
+            app.post(**{**BODY, "model": "rings"}),
+            app.post(**{**BODY, "model": "shapes:rings", "lora": ["chalk:0.7"]}),
+        ]
+        await asyncio.gather(*(body.done() for body in bodies))
+        for body in bodies[:3]:
+            assert abs(pixels(body) - both).max() <= 1
+            assert body.json()["parameters"]["lora"] == BOTH
+        assert abs(pixels(bodies[3]) - none).max() <= 1
+        assert "lora" not in bodies[3].json()["parameters"]
+        assert abs(pixels(bodies[4]) - expected([("rings", 1.0)])).max() <= 1
+        assert abs(pixels(bodies[5]) - expected([("rings", 1.0), ("chalk", 0.7)])).max() <= 1
+
+        inputs = [
+            {"name": "prompt", "datatype": "BYTES", "shape": [2], "data": [PROMPT] * 2},
+            {
+                "name": "lora",
+                "datatype": "BYTES",
+                "shape": [2],
+                "data": ["rings:0.5,chalk:0.7", "rings"],
+            },
+        ]
+        rest = {name: value for name, value in BODY.items() if name != "prompt"}
+        message = {"inputs": inputs, "parameters": rest}
+        inferred = await app.send(
+            "POST", "/v2/models/shapes/infer", json.dumps(message).encode(), JSON
+        ).done()
+        assert inferred.status == 200, inferred.content
+        first, second = inferred.json()["outputs"][0]["data"]
+        assert abs(pixels_of(first) - both).max() <= 1
+        assert abs(pixels_of(second) - expected([("rings", 1.0)])).max() <= 1
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def form(**fields: str | list[str]) -> tuple[bytes, dict[str, str]]:
+    """A form with an image."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "green").save(file, "png")
+    mark = "boundary"
+    parts = [
+        f'--{mark}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{one}\r\n'.encode()
+        for name, value in fields.items()
+        for one in (value if isinstance(value, list) else [value])
+    ]
+    head = 'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    parts.append(f"--{mark}\r\n{head}".encode() + file.getvalue() + f"\r\n--{mark}--\r\n".encode())
+    return b"".join(parts), {"Content-Type": f"multipart/form-data; boundary={mark}"}
+
+
+async def test_forms_take_texts_json_and_a_field_several_times(files: dict[str, Path]) -> None:
+    rest = {"prompt": PROMPT, "seed": "1", "num_inference_steps": "4", "strength": "0.9"}
+    async with server(files["rings"].parent) as app:
+        found = []
+        for lora in ("rings:0.5,chalk:0.7", json.dumps(BOTH), ["rings:0.5", "chalk:0.7"]):
+            body, headers = form(**rest, lora=lora)
+            edited = await app.send("POST", "/v1/images/edits", body, headers).done()
+            assert edited.json().get("parameters", {}).get("lora") == BOTH, edited.content
+            found.append(pixels(edited))
+        assert all((one == found[0]).all() for one in found)
+        body, headers = form(**rest)
+        plain_edit = pixels(await app.send("POST", "/v1/images/edits", body, headers).done())
+        assert abs(plain_edit - found[0]).max() > EFFECT
+
+
+REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"lora": "ring"}, 404, "lora_not_found", "no LoRA 'ring' (did you mean rings?)"),
+    ({"model": "shapes:ring"}, 404, "lora_not_found", "(did you mean rings?)"),
+    ({"model": "ring"}, 404, "model_not_found", "(did you mean rings?)"),
+    ({"model": "other:rings"}, 404, "model_not_found", "There is no model 'other:rings'"),
+    ({"lora": [{"name": "rings", "scale": 11}]}, 400, "invalid_value", "lora.0.scale is 11"),
+    ({"lora": "rings:much"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": ["rings"] * 9}, 400, "invalid_value", "9 LoRAs; the limit is 8"),
+    ({"lora": "rings,rings"}, 400, "invalid_value", "'rings' is named twice"),
+    ({"model": "rings", "lora": "rings"}, 400, "invalid_value", "'rings' is named twice"),
+    ({"lora": "broken"}, 400, "lora_unusable", "'broken' cannot be used: broken.safetensors"),
+    ({"lora": "../rings"}, 404, "lora_not_found", "'../rings'"),
+]
+
+
+async def test_what_cannot_be_is_told_and_nothing_else_suffers(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copy(files["rings"], tmp_path)
+    (tmp_path / "broken.safetensors").write_bytes(files["rings"].read_bytes()[:1000])
+    async with server(tmp_path) as app:
+        for fields, status, code, message in REFUSED:
+            refused = await app.post(**{**BODY, **fields}).done()
+            assert (refused.status, refused.error["code"]) == (status, code), refused.content
+            assert message in refused.error["message"]
+        assert (await app.post(**{**BODY, "lora": "rings"}).done()).status == 200
+
+
+async def test_names_of_star_take_any_model_but_no_unknown_lora(files: dict[str, Path]) -> None:
+    async with server(files["rings"].parent, model_names=("*",)) as app:
+        for model, status in (
+            ("gpt-image-1", 200),
+            ("rings", 200),
+            ("gpt-image-1:rings", 200),
+            ("gpt-image-1:ring", 404),
+        ):
+            answered = await app.post(**{**BODY, "model": model}).done()
+            assert answered.status == status, answered.content
+            if status == 200:
+                assert ("lora" in answered.json()["parameters"]) == ("rings" in model)
+
+
+async def test_they_are_listed_as_models_of_their_parent(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    async with server(tmp_path) as app:
+        assert len((await app.get("/v1/models")).json()["data"]) == 1
+        shutil.copy(files["rings"], tmp_path)  # found without a restart
+        model, lora = (await app.get("/v1/models")).json()["data"]
+        assert (lora["id"], lora["parent"], lora["loaded"]) == ("shapes:rings", model["id"], False)
+        assert (await app.post(**{**BODY, "lora": "rings"}).done()).status == 200
+        for id in ("rings", "shapes:rings"):
+            found = (await app.get(f"/v1/models/{id}")).json()
+            assert (found["root"], found["loaded"], found["rank"]) == ("rings", True, 4)
+            assert found["bytes"] > 0 and found["components"] == ["transformer"]
+        assert (await app.get("/v1/models/shapes:ring")).status == 404
+        assert (await app.get("/v1/models/shapes")).json()["id"] == "shapes"
+        assert app.metric("stepweave_loras_loaded") == 1
+        assert app.metric("stepweave_lora_loads_total", result="ok") == 1
+
+
+async def test_only_an_administrators_key_loads_and_removes(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(files["rings"], folder)
+    admin, user = ({"Authorization": f"Bearer {key}"} for key in (ADMIN, USER))
+    async with server(folder, api_keys_file=str(keys)) as app:
+
+        async def load(name: str, headers: dict[str, str]) -> Exchange:
+            return await app.send(
+                "POST", "/v1/loras", json.dumps({"name": name}).encode(), {**JSON, **headers}
+            ).done()
+
+        async def ask() -> int:
+            return (await app.post(headers=user, **{**BODY, "lora": "rings"}).done()).status
+
+        assert (await load("rings", user)).status == 403
+        assert (await app.delete("/v1/loras/rings", user)).status == 403
+        assert (await load("rings", {})).status == 401
+        loaded = await load("rings", admin)
+        assert (loaded.status, loaded.json()["loaded"]) == (200, True)
+        assert await ask() == 200
+        removed = await app.delete("/v1/loras/rings", admin)
+        assert removed.json() == {"id": "rings", "object": "model", "deleted": True}
+        assert await ask() == 404
+        assert (await app.get("/v1/loras", user)).json()["data"] == []
+        assert (await app.delete("/v1/loras/rings", admin)).status == 404
+        assert (await load("rings", admin)).status == 200
+        assert await ask() == 200
+        for name in ("ring", "../keys", str(files["rings"]), "rings.safetensors"):
+            assert (await load(name, admin)).status == 404
+
+
+async def test_without_keys_none_is_loaded_or_removed(files: dict[str, Path]) -> None:
+    async with server(files["rings"].parent) as app:
+        body = json.dumps({"name": "rings"}).encode()
+        assert (await app.send("POST", "/v1/loras", body, JSON).done()).status == 404
+        assert (await app.delete("/v1/loras/rings")).status == 404
+        assert len((await app.get("/v1/loras")).json()["data"]) == 2
+
+
+async def test_a_model_without_loras_says_so() -> None:
+    async with serving() as app:
+        refused = await app.post(lora="rings").done()
+        assert (refused.status, refused.error["code"]) == (400, "unsupported")
+        assert "STEPWEAVE_LORAS sets them" in refused.error["message"]
+        assert (await app.get("/v1/loras")).json()["data"] == []
