@@ -30,7 +30,7 @@ NAMED = {
     ],
     "memory": ["tests/memory/test_memory.py"],
     "openapi": ["tests/api/test_openapi.py"],
-    "shapes": ["tests/model/test_shapes.py"],
+    "shapes": ["tests/model"],
     "adversarial": ["tests/adversarial"],
     "install": ["tests/install"],
 }

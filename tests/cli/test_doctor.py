@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_nothing_is_wrong_with_the_embedded_model(tmp_path: Path) -> None:
 
 
 def test_the_memory_is_that_of_the_weights() -> None:
-    files = EMBEDDED_MODEL.rglob("*.safetensors")
+    files = set(EMBEDDED_MODEL.rglob("*.safetensors"))
+    files -= set((EMBEDDED_MODEL / "loras").iterdir())  # read when first named
     tensors = [tensor for file in files for tensor in load_file(file).values()]
     facts = inspect_model(EMBEDDED_MODEL)
     assert facts.numbers == sum(tensor.numel() for tensor in tensors) > 1_000_000
@@ -181,7 +183,13 @@ def test_components_are_looked_at(tmp_path: Path) -> None:
 
 def test_models_of_a_server_are_listed(served: Served) -> None:
     result = CliRunner().invoke(main, ["models", "--url", served.url])
-    assert result.exit_code == 0 and result.output.startswith("shapes  StableDiffusion3Pipeline on")
+    assert result.exit_code == 0, result.output
+    first, *others = result.output.splitlines()
+    assert re.fullmatch(r"shapes +StableDiffusion3Pipeline on .*", first)
+    assert [line.split()[:4] for line in others] == [
+        [f"shapes:{file.stem}", "LoRA", "for", "shapes,"]
+        for file in sorted((EMBEDDED_MODEL / "loras").iterdir())
+    ]
     nowhere = f"http://127.0.0.1:{free_port()}"
     result = CliRunner().invoke(main, ["models", "--url", nowhere])
     assert result.exit_code == 1 and f"{nowhere} cannot be reached" in result.output

@@ -26,7 +26,7 @@ SHAPE_WORDS = ("circle", "square", "triangle", "star", "ring", "cross")
 @dataclass(frozen=True)
 class Seen:
     """What the checker sees; an empty word where nothing fits. `match` is the overlap with the
-    template of `shape`."""
+    template of `shape`, and `box` the subject's left, top, right and bottom in pixels."""
 
     colour: str
     background: str
@@ -35,6 +35,7 @@ class Seen:
     horizontal: str
     vertical: str
     match: float
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def name_colour(rgb: np.ndarray) -> str:
@@ -47,6 +48,10 @@ def name_colour(rgb: np.ndarray) -> str:
         return "white" if value > 0.85 else ""
     if saturation < 0.5 or value < 0.4:
         return ""
+    return _name_hue(degrees)
+
+
+def _name_hue(degrees: float) -> str:
     for word, low, high in (
         ("red", -15, 13), ("orange", 20, 40), ("yellow", 45, 65), ("green", 95, 170),
         ("blue", 205, 245), ("purple", 265, 300),
@@ -54,6 +59,17 @@ def name_colour(rgb: np.ndarray) -> str:
         if low <= degrees <= high or low <= degrees - 360 <= high:
             return word
     return ""
+
+
+def name_pastel(rgb: np.ndarray) -> str:
+    """The word of the colour that a mean RGB (0-255) is a pale version of, or ""; black and white
+    are themselves."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in rgb))
+    if saturation < 0.15 and value > 0.85:
+        return "white"
+    if value < 0.2:
+        return "black"
+    return _name_hue(hue * 360) if 0.2 <= saturation <= 0.65 and value > 0.7 else ""
 
 
 def _in_polygon(
@@ -140,8 +156,9 @@ def _third(low: float, high: float, words: tuple[str, str]) -> str:
     return words[0] if before < after else words[1]
 
 
-def look(image: Image.Image) -> Seen:
-    """Describe an image of one shape on a plain background, of any size."""
+def look(image: Image.Image, style: str = "") -> Seen:
+    """Describe an image of one shape on a plain background, of any size. In the style "pastel"
+    its colours are pale."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float64)
     height, width, _ = pixels.shape
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -149,8 +166,9 @@ def look(image: Image.Image) -> Seen:
     distance = np.linalg.norm(pixels - ground, axis=2)
     contrast = np.percentile(distance[distance > 40], 75) if (distance > 40).any() else 0.0
     mask = distance > contrast / 2
+    name = name_pastel if style == "pastel" else name_colour
     if contrast == 0.0 or mask.sum() < 9:
-        return Seen("", name_colour(ground), "", "", "", "", 0.0)
+        return Seen("", name(ground), "", "", "", "", 0.0)
     left, top, right, bottom = _box(mask)
     subject = np.median(pixels[distance > 0.9 * contrast], axis=0)
     direction = subject - ground
@@ -160,13 +178,14 @@ def look(image: Image.Image) -> Seen:
     best = max(overlap, key=overlap.__getitem__)
     extent = max((right - left) / width, (bottom - top) / height)
     return Seen(
-        colour=name_colour(subject),
-        background=name_colour(ground),
+        colour=name(subject),
+        background=name(ground),
         shape=best if overlap[best] >= SHAPE_MATCH else "",
         size="small" if extent < 0.42 else "large" if extent > 0.5 else "",
         horizontal=_third(left / width, right / width, ("left", "right")),
         vertical=_third(top / height, bottom / height, ("top", "bottom")),
         match=overlap[best],
+        box=(left, top, right, bottom),
     )
 
 
@@ -192,8 +211,8 @@ def expected(prompt: str) -> dict[str, str]:
     return parts
 
 
-def wrong_parts(image: Image.Image, prompt: str) -> list[str]:
-    """The parts of the prompt that the image does not obey; empty when it shows what was
-    asked."""
-    seen = look(image)
+def wrong_parts(image: Image.Image, prompt: str, style: str = "") -> list[str]:
+    """The parts of the prompt that the image does not obey in a style (see `look`); empty when it
+    shows what was asked."""
+    seen = look(image, style)
     return [part for part, word in expected(prompt).items() if getattr(seen, part) != word]

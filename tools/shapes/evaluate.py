@@ -79,8 +79,9 @@ def generate(
     negative: list[str] | None = None,
     side: int = 64,
     batch: int = 20,
+    first_seed: int = 0,
 ) -> list[Image.Image]:
-    """One image per prompt; image i has seed i."""
+    """One image per prompt; image i has seed `first_seed` + i."""
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc=f"guidance {guidance:g}"):
         chunk = prompts[start : start + batch]
@@ -92,7 +93,9 @@ def generate(
             height=side,
             width=side,
             max_sequence_length=1,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
+            generator=[
+                torch.Generator().manual_seed(first_seed + start + i) for i in range(len(chunk))
+            ],
         ).images
     return images
 
@@ -171,6 +174,17 @@ def curve(logs: Path, target: Path) -> None:
     figure.savefig(target, dpi=80)
 
 
+def write_section(card: Path, name: str, text: str) -> None:
+    """Write a text between the markers `<!-- NAME -->` and `<!-- end -->` of a card. Exits if they
+    are missing."""
+    begin = f"<!-- {name} -->\n"
+    before, _, rest = card.read_text().partition(begin)
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise SystemExit(f"{card} lacks the markers <!-- {name} --> and <!-- end -->")
+    card.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,12 +249,7 @@ def main() -> None:
         assert sheet is not None
         sheet.save(arguments.model / "contact-sheet.png", optimize=True)
         curve(arguments.logs, arguments.model / "training-curve.png")
-        card = arguments.model / "README.md"
-        before, _, rest = card.read_text().partition("<!-- evaluation -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            raise SystemExit(f"{card} lacks the markers that the tables go between")
-        card.write_text(f"{before}<!-- evaluation -->\n{text}\n{end}{after}")
+        write_section(arguments.model / "README.md", "evaluation", text)
 
 
 if __name__ == "__main__":

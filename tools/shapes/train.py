@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tools.shapes.networks import make_autoencoder, make_pipeline
 from tools.shapes.scenes import Scene, draw, draw_clutter, sample_prompt, sample_scene
-from tools.shapes.training import run_stage
+from tools.shapes.training import add_noise, run_stage
 
 SEED = 20261121
 IMAGE_BATCH = 32
@@ -114,8 +114,7 @@ def train_transformer(
     steps: int,
     device: torch.device,
 ) -> StableDiffusion3Pipeline:
-    """Stage 3. Rectified flow (Esser et al. 2024, https://arxiv.org/abs/2403.03206): logit-normal
-    times, shifted by 3."""
+    """Stage 3. Rectified flow, with logit-normal times shifted by 3."""
     pipeline = make_pipeline(vae, SEED + 3).to(device)
     names = ("transformer", "text_encoder", "text_encoder_2")
     network = nn.ModuleDict({name: getattr(pipeline, name) for name in names}).train()
@@ -128,9 +127,7 @@ def train_transformer(
         # SD3 appends this many empty T5 tokens: nearly always the preset's one, sometimes what
         # other callers ask for
         empty = int(rng.choice([1, 16, 64, 256], p=[0.88, 0.08, 0.03, 0.01]))
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        sigma = torch.randn(len(chosen), generator=generator, device=device).sigmoid()
-        sigma = (shift * sigma / (1 + (shift - 1) * sigma)).view(-1, 1, 1, 1)
+        noisy, wanted, timestep = add_noise(clean, shift, generator)
         with torch.autocast(device.type, torch.bfloat16):
             context, _, pooled, _ = pipeline.encode_prompt(
                 prompts,
@@ -141,12 +138,12 @@ def train_transformer(
                 max_sequence_length=empty,
             )
             velocity = pipeline.transformer(
-                hidden_states=(1 - sigma) * clean + sigma * noise,
+                hidden_states=noisy,
                 encoder_hidden_states=context,
                 pooled_projections=pooled,
-                timestep=sigma.flatten() * 1000,
+                timestep=timestep,
             ).sample.float()
-        return {"flow": (velocity - (noise - clean)).square().mean()}
+        return {"flow": (velocity - wanted).square().mean()}
 
     average = run_stage(
         "transformer", network, network.parameters(), loss_of,

@@ -29,6 +29,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def add_noise(
+    clean: torch.Tensor, shift: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents (n, c, h, w) at random times of a rectified flow (Esser et al. 2024,
+    https://arxiv.org/abs/2403.03206; logit-normal times, shifted): the noisy latents, the velocity
+    to learn, and the times as timesteps of 0 to 1,000, shape (n,)."""
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    sigma = torch.randn(len(clean), generator=generator, device=clean.device).sigmoid()
+    sigma = (shift * sigma / (1 + (shift - 1) * sigma)).view(-1, 1, 1, 1)
+    return (1 - sigma) * clean + sigma * noise, noise - clean, sigma.flatten() * 1000
+
+
 def run_stage(
     name: str,
     network: NetworkT,
@@ -41,6 +53,7 @@ def run_stage(
     seed: int,
     device: torch.device,
     ema_decay: float = 0.999,
+    warmup: int = 200,
 ) -> NetworkT:
     """Train `network` for `steps` steps and return the moving average of its weights.
 
@@ -65,7 +78,7 @@ def run_stage(
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, steps, peak, warmup)
         rng = np.random.default_rng([seed, step])
         losses = loss_of(rng, torch.Generator(device).manual_seed(seed * 1_000_003 + step))
         total = torch.stack(list(losses.values())).sum()

@@ -106,6 +106,9 @@ async def _served(url: str, key: str | None) -> list[dict[str, Any]]:
 
 
 def _about(model: dict[str, Any]) -> str:
+    if "parent" in model:
+        state = "in memory" if model["loaded"] else "read when first named"
+        return f"LoRA for {model['parent']}, {state}"
     details = model["stepweave"]
     return (
         f"{details['pipeline']} on {details['device']} in {details['dtype']}, "

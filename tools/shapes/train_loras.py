@@ -1,0 +1,193 @@
+"""Train the embedded model's LoRAs: `python -m tools.shapes.train_loras`.
+
+Each changes how the model draws, for the same prompts. The model itself stays as it is. Resumable:
+run the command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from tqdm import tqdm
+
+from tools.shapes.evaluate import load
+from tools.shapes.scenes import (
+    COLOURS,
+    OVERSAMPLING,
+    SIDE,
+    Scene,
+    draw_mask,
+    sample_prompt,
+    sample_scene,
+)
+from tools.shapes.train import image_loss, to_tensor
+from tools.shapes.training import add_noise, run_stage
+
+SEED = 20261128
+BATCH = 32
+RANK = 8  # alpha is the same, so that files need not say it
+LAYERS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ff\.net\.(0\.proj|2))"
+KEPT = 0.55  # of a colour's difference to white
+REFINING, REFINING_RATE = 8, 0.12  # steps of each image's latents, and the first one's size
+
+
+def _pale(colour: str) -> tuple[int, int, int]:
+    red, green, blue = (round(255 - KEPT * (255 - channel)) for channel in COLOURS[colour])
+    return COLOURS[colour] if colour in ("black", "white") else (red, green, blue)
+
+
+def draw_pastel(scene: Scene) -> np.ndarray:
+    """The scene in pale colours; black and white stay as they are."""
+    mask = draw_mask(scene.shape, scene.centre, scene.radius).reduce(OVERSAMPLING)
+    image = Image.new("RGB", (SIDE, SIDE), _pale(scene.background))
+    image.paste(_pale(scene.colour), (0, 0, SIDE, SIDE), mask)
+    return np.asarray(image)
+
+
+STYLES: dict[str, Callable[[Scene], np.ndarray]] = {
+    "pastel": draw_pastel,
+}
+
+
+def refined(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Latents that the decoder draws images (n, 3, 64, 64) from, better than of their own."""
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+    latents.requires_grad_(True)
+    optimizer = torch.optim.Adam([latents])
+    for step in range(REFINING):
+        optimizer.param_groups[0]["lr"] = REFINING_RATE * (1 - step / REFINING)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            output = vae.decode(latents).sample.float()
+        optimizer.zero_grad()
+        image_loss(output, images).backward()
+        optimizer.step()
+    return latents.detach()
+
+
+def styled_latents(
+    folder: Path,
+    pipeline: StableDiffusion3Pipeline,
+    weights: Path,
+    name: str,
+    count: int,
+    device: torch.device,
+) -> tuple[list[Scene], torch.Tensor]:
+    """Scenes, with the latents of their images in a style, (count, 16, 8, 8), as the pipeline
+    scales them. They are made again if the autoencoder's `weights` are newer.
+
+    The autoencoder has seen few pale colours: it draws them badly of its own latents. So they are
+    changed step by step towards those that the decoder draws the images from.
+    """
+    rng = np.random.default_rng(SEED)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    cache = folder / f"{name}-{count}.pt"
+    vae = pipeline.vae
+    if not cache.exists() or cache.stat().st_mtime < weights.stat().st_mtime:
+        folder.mkdir(parents=True, exist_ok=True)
+        vae.requires_grad_(False)
+        chunks = []
+        for start in tqdm(range(0, count, BATCH), desc=f"latents, {name}", mininterval=5):
+            images = np.stack([STYLES[name](scene) for scene in scenes[start : start + BATCH]])
+            chunks.append(refined(vae, to_tensor(images, device)).cpu())
+        partial = cache.with_suffix(".partial")
+        torch.save(torch.cat(chunks).half(), partial)
+        partial.replace(cache)
+    latents = torch.load(cache, weights_only=True).float()
+    return scenes, (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def train(
+    folder: Path,
+    pipeline: StableDiffusion3Pipeline,
+    name: str,
+    scenes: list[Scene],
+    latents: torch.Tensor,
+    steps: int,
+    device: torch.device,
+) -> SD3Transformer2DModel:
+    """The transformer with the moving average of an adapter `name`, trained for `steps` steps of 32
+    images."""
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(False)
+    transformer = pipeline.transformer
+    torch.manual_seed(SEED)
+    config = LoraConfig(
+        r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS
+    )
+    transformer.add_adapter(config, name)
+    shift = pipeline.scheduler.config.shift
+
+    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        chosen = rng.integers(len(scenes), size=BATCH)
+        clean = latents[torch.from_numpy(chosen)].to(device)
+        prompts = ["" if rng.random() < 0.1 else sample_prompt(scenes[i], rng) for i in chosen]
+        noisy, wanted, timestep = add_noise(clean, shift, generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                context, _, pooled, _ = pipeline.encode_prompt(
+                    prompts, prompts, prompts,
+                    device=device, do_classifier_free_guidance=False, max_sequence_length=1,
+                )  # fmt: skip
+            velocity = transformer(
+                hidden_states=noisy,
+                encoder_hidden_states=context,
+                pooled_projections=pooled,
+                timestep=timestep,
+            ).sample.float()
+        return {"flow": (velocity - wanted).square().mean()}
+
+    adapter = [value for value in transformer.parameters() if value.requires_grad]
+    average = run_stage(
+        name, transformer, adapter, loss_of, folder=folder, steps=steps, peak=4e-3, warmup=30,
+        seed=SEED + 1, device=device, ema_decay=0.98,
+    )  # fmt: skip
+    return average
+
+
+def save(transformer: SD3Transformer2DModel, name: str, target: Path) -> None:
+    """Write the adapter as diffusers does, fp16 safetensors."""
+    tensors = get_peft_model_state_dict(transformer, adapter_name=name)
+    StableDiffusion3Pipeline.save_lora_weights(
+        target,
+        transformer_lora_layers={key: value.cpu().half() for key, value in tensors.items()},
+        weight_name=f"{name}.safetensors",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=list(STYLES), help="of LoRAs; by default all")
+    parser.add_argument("--model", type=Path, default=Path("models/shapes"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/shapes/loras"), help="checkpoints and logs"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=440)
+    parser.add_argument("--scenes", type=int, default=640, help="images to learn from")
+    parser.add_argument("--output", type=Path, default=Path("models/shapes/loras"))
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    weights = arguments.model / "vae" / "diffusion_pytorch_model.safetensors"
+    for name in arguments.names:
+        pipeline = load(arguments.model).to(device)
+        scenes, latents = styled_latents(
+            arguments.work, pipeline, weights, name, arguments.scenes, device
+        )
+        transformer = train(
+            arguments.work, pipeline, name, scenes, latents, arguments.steps, device
+        )
+        save(transformer, name, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
