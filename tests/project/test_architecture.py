@@ -57,7 +57,7 @@ BUDGETS = {
     "batching": 1_300,
     "truncation": 500,
     "planning": 1_750,
-    "compat": 2_600,
+    "compat": 2_650,
     "threads": 200,
     "outcome": 150,
     "config": 1_100,
