@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -142,6 +143,24 @@ def test_an_autoencoder_with_other_latents_is_refused(
 ) -> None:
     with pytest.raises(LoadError, match="'mine' .*its latent_channels is 16; that of .* is 4"):
         load(settings(mine=str(saved(tmp_path, "wide"))), base)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [("stable_diffusion_3", 1), ("stable_diffusion_3_inpaint", 0)],
+)
+def test_what_guides_another_task_is_refused_with_its_channels(name: str, channels: int) -> None:
+    pipeline = entries()[name].build()
+    for extra, refused in ((channels, True), (1 - channels, False)):
+        guide = diffusers.SD3ControlNetModel.from_transformer(
+            # a copy: it writes the number of layers into the configuration that it is given
+            copy.deepcopy(pipeline.transformer), num_layers=1, num_extra_conditioning_channels=extra
+        )  # fmt: skip
+        if refused:
+            with pytest.raises(LoadError, match=f"its input has {extra} channels for masks"):
+                control_pipeline(pipeline, [guide])
+        else:
+            assert guides_of(control_pipeline(pipeline, [guide])) == [guide]
 
 
 def test_what_guides_another_family_is_refused(base: Any) -> None:
