@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -160,6 +161,24 @@ def test_only_one_autoencoder_is_the_default_and_nothing_else(
         load(settings(one=default, two=default), base)
     with pytest.raises(LoadError, match="'canny' .*which only an autoencoder may be"):
         load(settings(canny={"source": str(net), "default": True}), base)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [("stable_diffusion_3", 1), ("stable_diffusion_3_inpaint", 0)],
+)
+def test_what_guides_another_task_is_refused_with_its_channels(name: str, channels: int) -> None:
+    pipeline = entries()[name].build()
+    for extra, refused in ((channels, True), (1 - channels, False)):
+        guide = diffusers.SD3ControlNetModel.from_transformer(
+            # a copy: it writes the number of layers into the configuration that it is given
+            copy.deepcopy(pipeline.transformer), num_layers=1, num_extra_conditioning_channels=extra
+        )  # fmt: skip
+        if refused:
+            with pytest.raises(LoadError, match=f"its input has {extra} channels for masks"):
+                control_pipeline(pipeline, [guide])
+        else:
+            assert guides_of(control_pipeline(pipeline, [guide])) == [guide]
 
 
 def test_what_guides_another_family_is_refused(base: Any) -> None:

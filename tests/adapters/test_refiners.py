@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.adapters.beside import load_beside, look_at
+from stepweave.adapters.beside import load_beside, look_at_source
 from stepweave.adapters.refiners import load_refiner, refined
 from stepweave.calls import described
 from stepweave.config import Settings
@@ -316,13 +316,13 @@ def test_a_refiner_of_another_family_is_refused(folder: Path) -> None:
 
 def test_a_refiner_is_looked_at_without_its_weights(folder: Path, tmp_path: Path) -> None:
     source = ComponentSource(source=str(folder / "refiner"))
-    assert look_at(source) == "a refiner, StableDiffusionXLImg2ImgPipeline"
+    assert look_at_source(source) == "a refiner, StableDiffusionXLImg2ImgPipeline"
     shutil.copytree(folder / "refiner", tmp_path / "cut")
     (tmp_path / "cut" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(LoadError, match="unet"):
-        look_at(ComponentSource(source=str(tmp_path / "cut")))
+        look_at_source(ComponentSource(source=str(tmp_path / "cut")))
     with pytest.raises(LoadError, match="default is true, which only an autoencoder may be"):
-        look_at(ComponentSource(source=str(folder / "refiner"), default=True))
+        look_at_source(ComponentSource(source=str(folder / "refiner"), default=True))
 
 
 def test_a_refiner_is_downloaded_of_a_commit(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from stepweave.adapters.ip_adapters import adapted, is_ip_adapter, read_ip_adapt
 from stepweave.adapters.refiners import check_refiner, load_refiner
 from stepweave.config import Settings
 from stepweave.config.components import IP_ADAPTER, REFINER, VAE, ComponentSource
-from stepweave.config.preset import Preset
+from stepweave.config.preset import Preset, read_preset
 from stepweave.errors import LoadError, shown
 from stepweave.loading.beside import ENCODER, folder_of, is_pipeline, read_model
 from stepweave.reasons import reason_of
@@ -65,10 +66,8 @@ def load_beside(
 
     Only safetensors are read. Raises LoadError, naming the component.
     """
-    places = {name: (one, settings.model_directory()) for name, one in preset.components.items()}
-    places |= {name: (one, None) for name, one in settings.components.items()}
     added: dict[str, Added] = {}
-    for name, (source, base) in places.items():
+    for name, (source, base) in _places(settings, preset).items():
         began = time.monotonic()
         on_begin(name)
         try:
@@ -91,12 +90,26 @@ def load_beside(
     return added
 
 
-def look_at(source: ComponentSource) -> str | None:
-    """What a component is, without reading its weights; None if it is to be downloaded. Raises
-    LoadError."""
-    if source.on_the_hub() is not None and not source.directory().is_dir():
+def look_at(settings: Settings) -> Iterator[tuple[str, ComponentSource, str | LoadError | None]]:
+    """The components of the settings and of the model's preset, and what each is, without reading
+    its weights: None if it is to be downloaded, or what is wrong with it. A preset that cannot be
+    read has none."""
+    preset = Preset()
+    with contextlib.suppress(LoadError):
+        preset = read_preset(settings.model_directory())
+    preset = settings.preset_over(preset)
+    for name, (source, base) in _places(settings, preset).items():
+        try:
+            yield name, source, look_at_source(source, base)
+        except LoadError as error:
+            yield name, source, error
+
+
+def look_at_source(source: ComponentSource, base: Path | None = None) -> str | None:
+    """What a component is; None if it is to be downloaded. Raises LoadError."""
+    if source.on_the_hub() is not None and not source.directory(base).is_dir():
         return None
-    folder = folder_of(source, None)
+    folder = folder_of(source, base)
     if is_pipeline(folder):
         _check_default(source, REFINER)
         return f"a refiner, {check_refiner(folder)['_class_name']}"
@@ -106,6 +119,12 @@ def look_at(source: ComponentSource) -> str | None:
     kind, field = _kind(folder)
     _check_default(source, field)
     return str(kind.__name__)
+
+
+def _places(settings: Settings, preset: Preset) -> dict[str, tuple[ComponentSource, Path | None]]:
+    """The components by name, each with the directory that its relative path begins at."""
+    places = {name: (one, settings.model_directory()) for name, one in preset.components.items()}
+    return places | {name: (one, None) for name, one in settings.components.items()}
 
 
 def by_field(added: Mapping[str, Added]) -> dict[str, dict[str, Added]]:

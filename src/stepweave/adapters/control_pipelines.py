@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, SD3ControlNetModel
 from diffusers.utils.import_utils import DummyObject
 
 from stepweave.compat.turn_taking import modules_in
@@ -41,12 +41,23 @@ def control_pipeline(pipeline: Any, models: Sequence[Any]) -> Any:
         if not isinstance(model, single):
             names = " or ".join(one.__name__ for one in single)
             raise LoadError(f"it is a {type(model).__name__}; {kind.__name__} is guided by {names}")
+        _check_channels(kind, model)
     if len(models) > 1 and len(single) == len(allowed):
         raise LoadError(f"{kind.__name__} is guided by one {single[0].__name__} at a time")
     guided = made_of(pipeline, kind, {argument: models[0] if len(models) == 1 else list(models)})
     if guided is None:
         raise LoadError(f"{kind.__name__} needs components that {name} does not have")
     return guided
+
+
+def _check_channels(kind: Any, model: Any) -> None:
+    """Raise LoadError for a ControlNet of Stable Diffusion 3 whose input is that of the other task:
+    for inpainting it has a channel for the mask."""
+    channels = getattr(model, "config", {}).get("extra_conditioning_channels")
+    if isinstance(model, SD3ControlNetModel) and channels != int("Inpaint" in kind.__name__):
+        raise LoadError(
+            f"its input has {channels} channels for masks, and {kind.__name__} makes another one"
+        )
 
 
 def guides_of(pipeline: Any) -> list[Any]:

@@ -208,18 +208,15 @@ def _model(settings: Settings, device: torch.device | None) -> Iterator[Finding]
 
 
 def _beside(settings: Settings) -> Iterator[Finding]:
-    """The components of the setting."""
+    """The components of the setting and of the preset."""
     from stepweave.adapters.beside import look_at
     from stepweave.errors import LoadError
 
-    for name, source in settings.components.items():
+    for name, source, what in look_at(settings):
         about = f"component {name}"
-        try:
-            what = look_at(source)
-        except LoadError as error:
-            yield Finding(about, "problem", error.message)
-            continue
-        if what is None:
+        if isinstance(what, LoadError):
+            yield Finding(about, "problem", what.message)
+        elif what is None:
             yield Finding(about, "warning", f"{source.source}: it may have to be downloaded")
         else:
             yield Finding(about, "ok", f"{what} of {source.source}")

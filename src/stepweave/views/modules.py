@@ -17,6 +17,7 @@ from stepweave.compat.attention_processors import AttentionProcessors
 from stepweave.compat.cpu_offload import Offloading
 from stepweave.compat.locks import is_autoencoder
 from stepweave.compat.module_hooks import check_free, install, uninstall
+from stepweave.compat.posteriors import seeded
 from stepweave.compat.proxy import Proxy
 from stepweave.compat.row_adapters import by_rows, detach
 from stepweave.compat.stateful_modules import GuardedJob, ModuleGuard
@@ -51,7 +52,7 @@ class EngineAutoencoder(Proxy):
         self._self_call = call
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        return self._self_call(self._self_targets["encode"], args, kwargs)
+        return seeded(self._self_call(self._self_targets["encode"], args, kwargs))
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         return self._self_call(self._self_targets["decode"], args, kwargs)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from stepweave.compat.cpu_offload import pipelines_in
 from stepweave.compat.modular import loops_of
+from stepweave.compat.posteriors import GENERATOR
 from stepweave.compat.proxy import Proxy
 from stepweave.compat.row_adapters import Chosen
 from stepweave.outcome import Outcome
@@ -51,6 +52,7 @@ def call_pipeline(
 
 
 def _call(view: Any, job: PipelineJob, images: FiniteImages) -> Any:
+    GENERATOR.set(job.kwargs.get("generator"))
     return images.checked(view(*job.args, **job.kwargs))
 
 
