@@ -11,10 +11,13 @@ StepweaveError (500)
 │   └── NoImagesError                    it made something other than images
 └── RequestError                         the request cannot be served
     ├── InvalidRequestError (400)        a value is not allowed; `param` names the field
-    │   └── DeadlineTooShortError        not even an idle server could meet the deadline
+    │   ├── DeadlineTooShortError        not even an idle server could meet the deadline
+    │   └── LoraError                    the file of a LoRA cannot be used with this model
     ├── ContentFlaggedError (400)        the safety checker flagged an image, and the server refuses
     ├── AuthenticationError (401)        the API key is missing or wrong
+    ├── ForbiddenError (403)             the API key may not do this
     ├── NotFoundError (404)              no such route, model, job or image
+    │   └── LoraNotFoundError            no LoRA has this name
     ├── MethodNotAllowedError (405)
     ├── ConflictError (409)              the idempotency key is in use, or the process is ending
     ├── BodyTooLargeError (413)

@@ -222,6 +222,7 @@ def curl(*arguments: str) -> bytes:
 REFUSED = {
     "POST /v1/images/variations": 400,
     "GET /v1/jobs": 404,
+    "POST /v1/loras": 404,
     "POST /drain": 404,
     "DELETE /drain": 404,
 }

@@ -74,7 +74,11 @@ NAMED: list[Named] = [
 def wanted(files: dict[str, Path]) -> list[torch.Tensor]:
     """What plain calls with `set_adapters` give."""
     using = plain(shapes(), files)
-    return [numbers(using(lora)(**request(seed))) for seed, lora in enumerate(NAMED)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests
+    found = [numbers(using(lora)(**request(seed))) for seed, lora in enumerate(NAMED)]
+    torch.set_num_threads(before)
+    return found
 
 
 @pytest.fixture
