@@ -142,6 +142,7 @@ def form(**fields: str | list[str]) -> tuple[bytes, dict[str, str]]:
     return b"".join(parts), {"Content-Type": f"multipart/form-data; boundary={mark}"}
 
 
+@pytest.mark.full
 async def test_forms_take_texts_json_and_a_field_several_times(files: dict[str, Path]) -> None:
     rest = {"prompt": PROMPT, "seed": "1", "num_inference_steps": "4", "strength": "0.9"}
     async with server(files["rings"].parent) as app:
@@ -185,6 +186,7 @@ async def test_what_cannot_be_is_told_and_nothing_else_suffers(
         assert (await app.post(**{**BODY, "lora": "rings"}).done()).status == 200
 
 
+@pytest.mark.full
 async def test_names_of_star_take_any_model_but_no_unknown_lora(files: dict[str, Path]) -> None:
     async with server(files["rings"].parent, model_names=("*",)) as app:
         for model, status in (
