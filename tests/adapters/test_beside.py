@@ -33,8 +33,11 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+pytestmark = pytest.mark.usefixtures("no_settings")
+
+
 @pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch) -> Any:
+def settings(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     def load(**components: Any) -> Settings:
         monkeypatch.setenv("STEPWEAVE_COMPONENTS", json.dumps(components))
         return Settings.load()

@@ -27,7 +27,7 @@ from tests.support.refiners import save_refiner, save_xl
 from tests.support.tiny import DIFFUSION, SIDE
 from tests.support.together import SECONDS, TOLERANCE, difference, numbers, submit_together
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_settings")
 
 CPU = torch.device("cpu")
 MODULE = "refiner.mine"
