@@ -345,7 +345,7 @@ def test_nothing_else_is_counted(counted: Counted) -> None:
 
 def test_every_route_that_makes_images_is_counted(counted: Counted) -> None:
     """Of the document's POSTs all are, but these."""
-    others = ("/drain", "/v1/images/variations", "/v2/repository/index")
+    others = ("/drain", "/v1/images/variations", "/v1/loras", "/v2/repository/index")
     paths = counted.client.get(f"{counted.url}/openapi.json", headers=counted.headers).json()[
         "paths"
     ]
@@ -356,7 +356,6 @@ def test_every_route_that_makes_images_is_counted(counted: Counted) -> None:
             url = counted.url + path.replace("{model}", "shapes").replace("{version}", "1")
             assert counted.client.post(url, content=b"-", headers=counted.headers).status_code in (
                 400,
-                403,
                 415,
             )
 

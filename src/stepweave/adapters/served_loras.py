@@ -25,24 +25,33 @@ OWN = "loras"  # the directory in a model's
 
 
 def loras_of(
-    settings: Settings, pipeline: Any, added: Mapping[str, Added], device: torch.device
+    settings: Settings,
+    pipeline: Any,
+    added: Mapping[str, Added],
+    device: torch.device,
+    *,
+    own: bool = True,
 ) -> Loras | None:
     """The LoRAs that requests may name; None if there is no place for them, or the pipeline takes
-    none. Those of the hub are downloaded.
+    none. Those of the hub are downloaded. Unless set, they are those of the model's directory, if
+    the pipeline is its `own`.
 
     Raises LoadError for settings with which none can be used.
     """
     places = settings.loras
     if places is None:
         folder = settings.model_directory()
-        own = None if folder is None else folder / OWN
-        if own is None or not own.is_dir():
+        if folder is None or not own or not (folder / OWN).is_dir():
             return None
         if why := _why_none(settings, pipeline):
             logger.info("the model's LoRAs are not offered: %s", why)
             return None
         return Loras(
-            pipeline, own, max_bytes=settings.lora_bytes, device=device, twins=_twins(added)
+            pipeline,
+            folder / OWN,
+            max_bytes=settings.lora_bytes,
+            device=device,
+            twins=_twins(added),
         )
     if why := _why_none(settings, pipeline):
         raise LoadError(f"STEPWEAVE_LORAS: {why}")

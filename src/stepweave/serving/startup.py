@@ -92,7 +92,7 @@ def load(
 
     merged = settings.preset_over(preset)
     added = load_beside(settings, merged, pipeline, device, dtype, on_begin)
-    loras = loras_of(settings, pipeline, added, device)
+    loras = loras_of(settings, pipeline, added, device, own=load_pipeline is None)
     model = ServedModel(pipeline, preset, settings, added, embeddings, loras)
     # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
