@@ -12,15 +12,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 from PIL import Image
 
 from stepweave.config.loras import LoraPlaces
 from tests.support.asgi import App, Exchange, serving
-from tests.support.loras import plain, save_lora
-from tests.support.project import ROOT
+from tests.support.loras import plain, save_lora, shapes
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_torch_thread")]
 
@@ -30,14 +28,6 @@ PROMPT, SEED, STEPS = "a red circle", 1, 4
 BODY = {"prompt": PROMPT, "seed": SEED, "num_inference_steps": STEPS, "guidance_scale": 2.0}
 BOTH = [{"name": "rings", "scale": 0.5}, {"name": "chalk", "scale": 0.7}]
 EFFECT = 3  # levels of a pixel
-
-
-def shapes() -> Any:
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        ROOT / "models" / "shapes", text_encoder_3=None, tokenizer_3=None
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
 from stepweave import Loras, StepEngine
 from stepweave.errors import EngineMisuseError, LoraError, LoraNotFoundError
-from tests.support.loras import hooks_of, plain, save_lora
-from tests.support.project import ROOT
+from tests.support.loras import hooks_of, plain, save_lora, shapes
 from tests.support.together import SECONDS, TOLERANCE, difference, numbers, submit_together
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -21,14 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 Named = Sequence[tuple[str, float]]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EFFECT = 0.01  # of each adapter, on a pixel
-
-
-def shapes() -> Any:
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        ROOT / "models" / "shapes", text_encoder_3=None, tokenizer_3=None
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -16,8 +17,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stepweave.compat.row_adapters import LayerHook
+from tests.support.project import ROOT
 
 NAME = "made"
+
+
+def shapes() -> Any:
+    """The embedded model, as diffusers loads it."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        ROOT / "models" / "shapes", text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def save_lora(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import re
 import threading
 import time
 import weakref
@@ -21,14 +20,14 @@ import torch
 from torch import nn
 
 from stepweave.adapters.lora_files import Lora, check_takes_loras, read_lora
-from stepweave.compat.row_adapters import MOST_ADAPTERS, Chosen
+from stepweave.compat.row_adapters import Chosen
+from stepweave.config.components import NAME
 from stepweave.errors import LoadError, LoraError, LoraNotFoundError, did_you_mean, shown
 from stepweave.jobs.job import inside_any_engine
+from stepweave.parameters import MOST_LORA_SCALE, MOST_LORAS
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-MOST_SCALE = 10.0  # of an adapter, positive or negative
 MAX_BYTES = 2**30
 _USUAL = "pytorch_lora_weights.safetensors"  # as diffusers saves one
 _CHUNK = 2**20
@@ -103,8 +102,9 @@ class Loras:
 
     def check(self, lora: Iterable[tuple[str, float]]) -> None:
         """Raise what `choose` does for names and scales."""
+        found = self._found()
         for name, _ in _checked(lora):
-            self._place(name)
+            _place(name, found)
 
     def choose(self, lora: Iterable[tuple[str, float]]) -> Chosen:
         """Adapters with their scales. Those that are not in memory are read first, which takes
@@ -127,7 +127,8 @@ class Loras:
     def ready(self, lora: Iterable[tuple[str, float]]) -> Chosen | None:
         """The same, at once; None if one of them is not in memory."""
         wanted = _checked(lora)
-        versions = {name: self._version(name) for name, _ in wanted}
+        found = self._found()
+        versions = {name: _version_of(name, found) for name, _ in wanted}
         with self._changed:
             if self._waiting:
                 return None
@@ -149,7 +150,7 @@ class Loras:
     def remove(self, name: str) -> None:
         """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
         it keep it. Raises LoraNotFoundError."""
-        self._place(name)
+        _place(name, self._found())
         with self._changed:
             self._removed.add(name)
             self._let_go(name)
@@ -186,26 +187,12 @@ class Loras:
                 )
         return {name: file for name, file in found.items() if name not in self._removed}
 
-    def _place(self, name: str) -> Path:
-        """The file of an adapter. Raises LoraNotFoundError."""
-        found = self._found()
-        if name in found:
-            return found[name]
-        hint = did_you_mean(name, found)
-        have = f"; this model has {', '.join(sorted(found)[:8])}" if found and not hint else ""
-        raise LoraNotFoundError(f"There is no LoRA {shown(name)}{hint}{have}.", param="lora")
-
-    def _version(self, name: str) -> _Version:
-        try:
-            return _version(self._place(name))
-        except OSError as error:
-            raise LoraError(f"The LoRA {shown(name)} cannot be read: {error.strerror}.") from None
-
     # Memory
 
     def _read(self, name: str, pinned: dict[Lora, Chosen]) -> Lora:
         """An adapter in memory, which `pinned` then keeps there. Held: `_reading`."""
-        version = self._version(name)
+        found = self._found()
+        version = _version_of(name, found)
         with self._changed:
             kept = self._kept.get(name)
             if kept is not None and kept.version == version:
@@ -217,7 +204,7 @@ class Loras:
                 raise LoraError(failed[1], param="lora")
         began = time.monotonic()
         try:
-            adapter = self._fresh(name, version)
+            adapter = self._fresh(name, found[name], version)
         except LoadError as error:
             message = f"The LoRA {shown(name)} cannot be used: {error.message}."
             with self._changed:
@@ -244,9 +231,8 @@ class Loras:
         )  # fmt: skip
         return adapter
 
-    def _fresh(self, name: str, version: _Version) -> Lora:
+    def _fresh(self, name: str, file: Path, version: _Version) -> Lora:
         """Read an adapter. Raises LoadError."""
-        file = self._place(name)
         if version.size > self._max_bytes:
             raise LoadError(f"it has {version.size:,} bytes; the limit is {self._max_bytes:,}")
         content = name, _digest(file)
@@ -342,13 +328,13 @@ class _Kept:
 def _checked(lora: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     """Names and scales, once they are allowed. Raises LoraError."""
     wanted = [(name, float(scale)) for name, scale in lora]
-    if len(wanted) > MOST_ADAPTERS:
-        raise LoraError(f"{len(wanted)} LoRAs; the limit is {MOST_ADAPTERS}.", code="invalid_value")
+    if len(wanted) > MOST_LORAS:
+        raise LoraError(f"{len(wanted)} LoRAs; the limit is {MOST_LORAS}.", code="invalid_value")
     for i, (name, scale) in enumerate(wanted):
-        if not -MOST_SCALE <= scale <= MOST_SCALE:
+        if not -MOST_LORA_SCALE <= scale <= MOST_LORA_SCALE:
             raise LoraError(
                 f"The scale of the LoRA {shown(name)} is {scale:g}; it must be "
-                f"-{MOST_SCALE:g} to {MOST_SCALE:g}.",
+                f"-{MOST_LORA_SCALE:g} to {MOST_LORA_SCALE:g}.",
                 code="invalid_value", param=f"lora[{i}].scale",
             )  # fmt: skip
         if name in (other for other, _ in wanted[:i]):
@@ -375,6 +361,22 @@ def _named(entry: Path) -> tuple[str, Path | None]:
         usual = [file for file in files if file.name == _USUAL]
         return entry.name, (usual or (files if len(files) == 1 else [None]))[0]  # type: ignore[list-item]
     return entry.stem, entry if entry.suffix == ".safetensors" else None
+
+
+def _place(name: str, found: Mapping[str, Path]) -> Path:
+    """The file of an adapter, of those that were `found`. Raises LoraNotFoundError."""
+    if name in found:
+        return found[name]
+    hint = did_you_mean(name, found)
+    have = f"; this model has {', '.join(sorted(found)[:8])}" if found and not hint else ""
+    raise LoraNotFoundError(f"There is no LoRA {shown(name)}{hint}{have}.", param="lora")
+
+
+def _version_of(name: str, found: Mapping[str, Path]) -> _Version:
+    try:
+        return _version(_place(name, found))
+    except OSError as error:
+        raise LoraError(f"The LoRA {shown(name)} cannot be read: {error.strerror}.") from None
 
 
 def _version(file: Path) -> _Version:

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from stepweave.errors import EngineMisuseError
+from stepweave.parameters import MOST_LORAS
 
-# The argument of a call: a tensor of shape (rows, MOST_ADAPTERS, 2), of each row's adapters in
+# The argument of a call: a tensor of shape (rows, MOST_LORAS, 2), of each row's adapters in
 # their order: the number of one, 0 for none, and its scale.
 ADAPTERS = "stepweave_adapters"
-MOST_ADAPTERS = 8  # of one job
 
 Scale = float | torch.Tensor
 
@@ -81,7 +81,7 @@ class Chosen:
                 for adapter, scale in self._adapters
                 if module in adapter.modules
             ]
-            own += [(0.0, 0.0)] * (MOST_ADAPTERS - len(own))
+            own += [(0.0, 0.0)] * (MOST_LORAS - len(own))
             argument = self._arguments[module] = torch.tensor([own], dtype=torch.float64)
         return argument
 

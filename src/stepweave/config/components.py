@@ -20,7 +20,7 @@ IP_ADAPTER = "ip_adapter"
 VAE = "vae"
 REFINER = "refiner"
 WITH_IMAGE = frozenset((*GUIDES, IP_ADAPTER))  # fields of those that need an image of their own
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PLACE = r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$"  # below a source, never above it
 _ON_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)@([0-9a-f]{40})")
 
@@ -77,7 +77,7 @@ def _named(value: Any) -> Any:
             {"count": len(value), "limit": MOST_COMPONENTS},
         )  # fmt: skip
     for name in value:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise PydanticCustomError(
                 "name", "{name} is not a name of a component: use 1 to 64 letters, digits and ._-",
                 {"name": shown(name)},

@@ -10,10 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
+from stepweave.config.components import NAME
 from stepweave.errors import shown
 
 _HUB = re.compile(
-    r"(?:(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]{0,63})=)?"
+    rf"(?:(?P<name>{NAME.pattern})=)?"
     r"(?P<repository>[\w-][\w.-]*/[\w.-]+)@(?P<commit>[0-9a-f]{40})"
     r"(?::(?P<file>[\w-][\w./-]*\.safetensors))?"
 )

@@ -333,6 +333,8 @@ class ServedModel:
 
     def named(self, model: str, param: str | None = None) -> str | None:
         """The LoRA that a request means by a name of a model; see `ModelNames.check`."""
+        if model in self.names.listed:  # the usual case, which needs no look at a directory
+            return None
         return self.names.check(model, param, () if self.loras is None else self.loras.names())
 
     def _lora(self, request: ImageRequest, model: str | None) -> tuple[tuple[str, float], ...]:

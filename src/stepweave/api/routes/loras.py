@@ -15,6 +15,7 @@ from stepweave.api.context import context_of
 from stepweave.api.responses import answer
 from stepweave.api.schemas import parse, require_json
 from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
+from stepweave.parameters import MAX_LORA_NAME
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
@@ -28,7 +29,9 @@ class LoraRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str = Field(
-        min_length=1, max_length=128, description="A file or folder of the directory of LoRAs."
+        min_length=1,
+        max_length=MAX_LORA_NAME,
+        description="A file or folder of the directory of LoRAs.",
     )
 
 
