@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import httpx
+import numpy as np
+from PIL import Image
 
 from stepweave.api.app import Api
 from stepweave.api.middleware.contract import ContractMiddleware
@@ -75,6 +80,21 @@ class Served:
 
         return asyncio.run(all_())
 
+    def at_once(self, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The answers to requests in JSON that are sent at once; those with images are edits."""
+
+        async def all_() -> list[Any]:
+            async with self._client() as client:
+
+                async def one(body: Mapping[str, Any]) -> Any:
+                    images = any("image" in name for name in body)
+                    path = "/v1/images/edits" if images else "/v1/images/generations"
+                    return await client.post(path, json=body)
+
+                return await asyncio.gather(*map(one, bodies))
+
+        return asyncio.run(all_())
+
     async def _accepted(self, asked: Sequence[asyncio.Future[Answer]]) -> None:
         """Wait until every request is in flight, or has been refused."""
         while len(self.server.active) + sum(task.done() for task in asked) < len(asked):  # noqa: ASYNC110
@@ -92,6 +112,13 @@ class Served:
         names = {*denoisers(self.engine.pipeline), f"ip_adapter.{IP_ADAPTER}"}
         found = [one for name, one in self.engine.stats().forwards.items() if name in names]
         return sum(one.calls for one in found), sum(one.merged_calls for one in found)
+
+
+def pixels(answer: Any) -> np.ndarray:
+    """The first image of an answer, which must have one."""
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
 @contextlib.contextmanager

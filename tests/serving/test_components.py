@@ -4,10 +4,8 @@ them, alone and among requests with others or none; what is wrong is refused by 
 from __future__ import annotations
 
 import asyncio
-import base64
 import copy
 import inspect
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from PIL import Image
 from tests.pipelines.adapters import ip_adapter
 from tests.pipelines.parts import HINTS, autoencoder, diffusion, diffusion_xl, trained, vision
 from tests.pipelines.registry import example_image, mask
-from tests.served.server import NotServedError, Served, serving
+from tests.served.server import NotServedError, Served, pixels, serving
 from tests.support.ip_adapters import load_ip_adapter, save_ip_adapter
 from tests.support.uploads import url_of
 
@@ -94,25 +92,7 @@ def guided(models: Models) -> Iterator[Served]:
 
 
 def ask(guided: Served, *bodies: Mapping[str, Any]) -> list[Any]:
-    """The answers to requests that are sent at once."""
-
-    async def all_() -> list[Any]:
-        async with guided._client() as client:
-
-            async def one(body: Mapping[str, Any]) -> Any:
-                images = any("image" in name for name in body)
-                path = "/v1/images/edits" if images else "/v1/images/generations"
-                return await client.post(path, json={**COMMON, "seed": SEED, **body})
-
-            return await asyncio.gather(*map(one, bodies))
-
-    return asyncio.run(all_())
-
-
-def pixels(answer: Any) -> np.ndarray:
-    assert answer.status_code == 200, answer.text
-    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    return guided.at_once([{**COMMON, "seed": SEED, **body} for body in bodies])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from PIL import Image
 from tests.pipelines.adapters import ip_adapter
 from tests.pipelines.parts import autoencoder, trained, vision
 from tests.pipelines.registry import example_image
-from tests.served.server import NotServedError, Served, serving
+from tests.served.server import NotServedError, Served, pixels, serving
 from tests.support.ip_adapters import load_ip_adapter, save_ip_adapter
 from tests.support.refiners import save_refiner, save_xl
 from tests.support.tiny import SIDE
@@ -64,25 +64,7 @@ def refining(folder: Path) -> Iterator[Served]:
 
 
 def ask(refining: Served, *bodies: Mapping[str, Any]) -> list[Any]:
-    """The answers to requests that are sent at once."""
-
-    async def all_() -> list[Any]:
-        async with refining._client() as client:
-
-            async def one(body: Mapping[str, Any]) -> Any:
-                images = any("image" in name for name in body)
-                path = "/v1/images/edits" if images else "/v1/images/generations"
-                return await client.post(path, json={**COMMON, "seed": SEED, **body})
-
-            return await asyncio.gather(*map(one, bodies))
-
-    return asyncio.run(all_())
-
-
-def pixels(answer: Any) -> np.ndarray:
-    assert answer.status_code == 200, answer.text
-    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    return refining.at_once([{**COMMON, "seed": SEED, **body} for body in bodies])
 
 
 class Plain:
