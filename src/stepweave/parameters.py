@@ -41,6 +41,12 @@ class LoraChoice(BaseModel):
     scale: float = Field(1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)
 
 
+def lora_text(values: Mapping[str, Any]) -> str:
+    """The LoRAs of an image's parameters as one text, as requests may write them:
+    `rings:0.8,chalk:1`; empty if it has none."""
+    return ",".join(f"{one['name']}:{one['scale']:g}" for one in values.get("lora", ()))
+
+
 def _loras(value: Any) -> Any:
     """LoRAs as a list of objects, however they are written: `rings`, `rings:0.8,chalk`, a list of
     such texts; in forms, JSON."""

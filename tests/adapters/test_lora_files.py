@@ -242,6 +242,15 @@ def with_first(tensors: Tensors, number: float) -> Tensors:
     return {**tensors, key: torch.full_like(tensors[key], number)}
 
 
+def with_layer(tensors: Tensors, path: str) -> Tensors:
+    """A file that also adapts a layer."""
+    return {
+        **tensors,
+        f"{path}.lora_A.weight": torch.ones(4, 32),
+        f"{path}.lora_B.weight": torch.ones(32, 4),
+    }
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "nan": (lambda it: with_first(it, float("nan")), "has numbers that are not finite"),
     "infinite": (lambda it: with_first(it, float("inf")), "has numbers that are not finite"),
@@ -249,10 +258,35 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda it: changed(it, lambda key, value: value[:, :-1] if "lora_A" in key else value),
         "size mismatch|in_features|shape",
     ),
-    "half": (lambda it: {key: it[key] for key in it if "lora_A" in key}, "does not fit this model"),
+    "half": (lambda it: {key: it[key] for key in it if "lora_A" in key}, "lora_A, but no lora_B"),
+    "other_half": (
+        lambda it: {key: it[key] for key in sorted(it)[:-1]},
+        "lora_A, but no lora_B",
+    ),
     "unknown": (
         lambda it: {key.replace("transformer_blocks.0", "blocks.7"): it[key] for key in it},
-        "does not fit this model|adapts no layer",
+        "transformer has no layer 'blocks.7",
+    ),
+    "deeper": (
+        lambda it: with_layer(it, "transformer.transformer_blocks.99.attn.to_q"),
+        "no layer",
+    ),
+    "deeper_half": (
+        lambda it: {
+            **it,
+            "transformer.transformer_blocks.9.attn.to_q.lora_A.weight": torch.ones(4, 32),
+        },
+        "no layer",
+    ),
+    "stray": (lambda it: with_layer(it, "foo"), "the model has no layer 'foo"),
+    "stray_part": (lambda it: with_layer(it, "decoder.blocks.0.to_q"), "the model has no layer"),
+    "numbers": (
+        lambda it: {key: value.double() * 1e300 for key, value in it.items()},
+        "has numbers beyond torch.float32",
+    ),
+    "whole_numbers": (
+        lambda it: {key: value.to(torch.int8) for key, value in it.items()},
+        "is of torch.int8",
     ),
     "one_unknown": (
         lambda it: {
@@ -260,7 +294,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
             "transformer.blocks.7.to_q.lora_A.weight": torch.ones(4, 32),
             "transformer.blocks.7.to_q.lora_B.weight": torch.ones(32, 4),
         },
-        "does not fit this model",
+        "transformer has no layer 'blocks.7.to_q'",
     ),
     "rank": (
         lambda it: changed(

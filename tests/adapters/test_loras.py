@@ -245,6 +245,48 @@ def test_an_adapter_is_removed_and_loaded_again_while_jobs_use_it(
         right(submit(engine, "one"), expected[0])
 
 
+def test_only_regular_files_are_adapters(contents: list[bytes], tmp_path: Path) -> None:
+    """Who opens a pipe waits for its writer."""
+    loras = Loras(SD3.build(), tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "nowhere.safetensors").symlink_to(tmp_path / "no-such-file")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    assert loras.names() == ["one"]
+    for name in ("pipe", "nowhere", "folder", "folder.safetensors"):
+        with pytest.raises(LoraNotFoundError):
+            loras.load(name)
+    loras.load("one")
+    (tmp_path / "one.safetensors").unlink()
+    os.mkfifo(tmp_path / "one.safetensors")
+    with pytest.raises(LoraNotFoundError):
+        loras.load("one")
+
+
+def test_an_adapter_whose_file_is_gone_takes_no_memory(
+    contents: list[bytes], tmp_path: Path
+) -> None:
+    loras = Loras(SD3.build(), tmp_path)
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    loras.load("one")
+    (tmp_path / "one.safetensors").unlink()
+    assert loras.names() == [] and loras.loaded() == {} and loras.stats().bytes == 0
+
+
+def test_an_adapter_that_cannot_be_loaded_again_stays_removed(
+    contents: list[bytes], tmp_path: Path
+) -> None:
+    loras = Loras(SD3.build(), tmp_path)
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    loras.remove("one")
+    (tmp_path / "one.safetensors").write_bytes(b"damaged")
+    with pytest.raises(LoraError, match="'one' cannot be used"):
+        loras.load("one")
+    assert loras.names() == []
+
+
 # Memory
 
 
@@ -297,9 +339,38 @@ def test_what_never_fits_into_memory_is_refused_by_name(
         submit(engine, "number3", "number2", "number1").result(SECONDS)
 
 
-def test_who_waits_for_memory_goes_on_when_jobs_end_or_are_cancelled(
+def test_what_is_in_use_is_at_hand_while_another_waits_and_who_gives_up_waits_no_more(
     three: tuple[Path, int], expected: list[torch.Tensor]
 ) -> None:
+    folder, max_bytes = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder, max_bytes=max_bytes)
+    with StepEngine(pipeline, loras=loras) as engine, ThreadPoolExecutor(1) as threads:
+        gate, left = Gate(), threading.Event()
+        jobs = [submit(engine, f"number{i}", observer=gate) for i in range(3)]
+        try:
+            waiting = threads.submit(loras.choose, [("number3", 1.0)], left.is_set)
+            until(lambda: loras._waiting)
+            jobs.append(submit(engine, "number1"))
+            (folder / "long.safetensors").write_bytes(bytes(max_bytes + 1))
+            with pytest.raises(LoraError, match="'long' cannot be used: it has .* bytes"):
+                submit(engine, "long")
+            assert not waiting.done()
+            left.set()
+            with pytest.raises(LoraError, match="Nobody waits"):
+                waiting.result(SECONDS)
+            assert loras._waiting is None
+        finally:
+            gate.open()
+        for job, wanted in zip(jobs, [*expected, expected[1]], strict=True):
+            right(job, wanted)
+        right(submit(engine, "number3"), expected[0])
+
+
+def test_who_waits_for_memory_goes_on_when_jobs_end_or_are_cancelled(
+    three: tuple[Path, int], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
     folder, max_bytes = three
     pipeline = SD3.build()
     loras = Loras(pipeline, folder, max_bytes=max_bytes)

@@ -57,6 +57,7 @@ def pixels(exchange: Exchange) -> np.ndarray:
     return pixels_of(exchange.json()["data"][0]["b64_json"])
 
 
+@pytest.mark.full
 async def test_each_surface_gives_the_image_of_set_adapters(files: dict[str, Path]) -> None:
     using = plain(shapes(), files)
     given = {**BODY, "max_sequence_length": 256}
@@ -173,7 +174,16 @@ async def test_what_cannot_be_is_told_and_nothing_else_suffers(
             refused = await app.post(**{**BODY, **fields}).done()
             assert (refused.status, refused.error["code"]) == (status, code), refused.content
             assert message in refused.error["message"]
-        assert (await app.post(**{**BODY, "lora": "rings"}).done()).status == 200
+        # numbers that the model's dtype holds, but not what it makes of them
+        save_lora(tmp_path / "huge.safetensors", shapes, {"transformer": ("to_v",)}, size=1e30)
+        refused = await app.post(**{**BODY, "lora": "huge:2"}).done()
+        assert (refused.status, refused.error["param"]) == (400, "lora"), refused.content
+        assert "lora='huge:2'" in refused.error["message"]
+        image = await app.post(headers={"Accept": "image/png"}, **{**BODY, "lora": BOTH[:1]}).done()
+        assert image.status == 200
+        assert dict(image.headers)["x-stepweave-lora"] == "rings:0.5"
+        told = Image.open(io.BytesIO(image.content)).info["parameters"]
+        assert 'Lora: "rings:0.5"' in told
 
 
 @pytest.mark.full

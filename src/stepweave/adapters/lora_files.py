@@ -39,6 +39,8 @@ from stepweave.reasons import reason_of
 
 MOST_RANK = 1024
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d+)?")
+# a tensor of PEFT's format, as diffusers converts others: the layer, and which of its two factors
+_HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # that diffusers' loaders leave something out
@@ -100,6 +102,7 @@ def read_lora(
     try:
         with _copied(file) as copy:
             keys = _checked_keys(copy)
+            _check_layers(copy, bare)
             _load(copy, bare)
             adapter = _taken(name, number, pipeline, bare, device, twins)
     except LoadError as error:
@@ -133,6 +136,35 @@ def _copied(file: Path) -> Iterator[Path]:
         yield copy
 
 
+def _check_layers(file: Path, bare: Any) -> None:
+    """Raise LoadError for layers that the model does not have, of which diffusers' loaders leave
+    some out without a word, and for layers of which a part is missing. Text encoders' are checked
+    when they are loaded."""
+    with _loading, _messages():
+        found = bare.lora_state_dict(
+            str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True
+        )
+    halves: dict[tuple[str, str], set[str]] = {}
+    for key in found[0] if isinstance(found, tuple) else found:
+        if (half := _HALF.fullmatch(key)) is not None:
+            component, _, path = half[1].partition(".")
+            halves.setdefault((component, path), set()).add(half[2])
+    for (component, path), parts in halves.items():
+        if not _COMPONENT.fullmatch(component):
+            raise LoadError(f"the model has no layer {shown(f'{component}.{path}')}")
+        module = getattr(bare, component, None)
+        if module is None or component.startswith("text_encoder"):
+            continue
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            raise LoadError(f"{component} has no layer {shown(path)}") from None
+        if len(parts) < 2:
+            (part,) = parts
+            other = ({"A", "B"} - parts).pop()
+            raise LoadError(f"{component}.{path} has lora_{part}, but no lora_{other}")
+
+
 def _load(file: Path, bare: Any) -> None:
     """Load an adapter into a bare pipeline. Raises LoadError for one of which diffusers would leave
     something out."""
@@ -158,6 +190,8 @@ def _checked_keys(file: Path) -> Collection[str]:
             raise LoadError(f"{file.name} is for weights that {shown(value)} has changed")
     for key, tensor in load_file(file).items():
         if not tensor.is_floating_point():
+            if tensor.ndim > 1:
+                raise LoadError(f"{file.name}: {key} is of {tensor.dtype}, not of real numbers")
             continue
         # whose sum may exceed the numbers of the type itself
         if not math.isfinite(float(tensor.double().sum())):
@@ -272,6 +306,8 @@ def _taken(
             layers |= dict.fromkeys(targets, part)
             ranks += _ranks(tuner)
             for value in _weights(tuner):
+                if not bool(value.isfinite().all()):
+                    raise LoadError(f"{component}.{path} has numbers beyond {value.dtype}")
                 held[id(value)] = value.numel() * value.element_size()
         if tuners:
             modules += every

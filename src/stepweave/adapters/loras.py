@@ -3,14 +3,16 @@ as far as it goes."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
+import stat
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_BYTES = 2**30
 _USUAL = "pytorch_lora_weights.safetensors"  # as diffusers saves one
 _CHUNK = 2**20
+# seconds for which adapters in memory stay in use while a job waits for their memory; then other
+# jobs that name them wait as well, so that it is freed
+_PATIENCE = 10.0
 _numbers = itertools.count(1)  # of all in the process, since layers know adapters by these
 
 
@@ -94,7 +99,7 @@ class Loras:
         self._seconds = 0.0
         self._reading = threading.Lock()  # one at a time
         self._changed = threading.Condition()
-        self._waiting = False  # one waits for memory: others must not use it up first
+        self._waiting: float | None = None  # since when one waits for memory
 
     def names(self) -> list[str]:
         """The names of all adapters, sorted, whether they are in memory or not."""
@@ -106,9 +111,11 @@ class Loras:
         for name, _ in _checked(lora):
             _place(name, found)
 
-    def choose(self, lora: Iterable[tuple[str, float]]) -> Chosen:
+    def choose(
+        self, lora: Iterable[tuple[str, float]], given_up: Callable[[], bool] = lambda: False
+    ) -> Chosen:
         """Adapters with their scales. Those that are not in memory are read first, which takes
-        seconds, and waits for memory while jobs use all of it.
+        seconds, and waits for memory while jobs use all of it, until it is `given_up`.
 
         Raises LoraNotFoundError; LoraError for one that cannot be used, for more than fit into
         memory at once, and for other scales than -10 to 10.
@@ -120,17 +127,21 @@ class Loras:
         with self._reading:
             pinned: dict[Lora, Chosen] = {}  # so that none leaves for another of them
             try:
-                return self._in_use([(self._read(name, pinned), scale) for name, scale in wanted])
+                adapters = [(self._read(name, pinned, given_up), scale) for name, scale in wanted]
+                return self._in_use(adapters)
             finally:
                 pinned.clear()  # also if an error's traceback holds this frame
 
     def ready(self, lora: Iterable[tuple[str, float]]) -> Chosen | None:
-        """The same, at once; None if one of them is not in memory."""
+        """The same, at once; None if one of them is not in memory, or if another job has waited
+        long for memory."""
         wanted = _checked(lora)
         found = self._found()
         versions = {name: _version_of(name, found) for name, _ in wanted}
         with self._changed:
-            if self._waiting:
+            for name, version in versions.items():
+                self._check_failed(name, version)
+            if self._waiting is not None and time.monotonic() - self._waiting > _PATIENCE:
                 return None
             adapters = []
             for name, scale in wanted:
@@ -144,8 +155,14 @@ class Loras:
     def load(self, name: str) -> Lora:
         """Have an adapter in memory, also one that was removed. Raises as `choose`."""
         with self._reading:
+            removed = name in self._removed
             self._removed.discard(name)
-            return self._read(name, {})
+            try:
+                return self._read(name, {})
+            except BaseException:
+                if removed:
+                    self._removed.add(name)
+                raise
 
     def remove(self, name: str) -> None:
         """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
@@ -185,11 +202,19 @@ class Loras:
                     "%s is ignored: use 1 to 64 letters, digits and ._- in an adapter's name",
                     shown(entry.name),
                 )
+        with self._changed:
+            for name in self._kept.keys() - found.keys():  # files that are gone
+                self._let_go(name)
         return {name: file for name, file in found.items() if name not in self._removed}
 
     # Memory
 
-    def _read(self, name: str, pinned: dict[Lora, Chosen]) -> Lora:
+    def _read(
+        self,
+        name: str,
+        pinned: dict[Lora, Chosen],
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Lora:
         """An adapter in memory, which `pinned` then keeps there. Held: `_reading`."""
         found = self._found()
         version = _version_of(name, found)
@@ -199,9 +224,7 @@ class Loras:
                 self._kept.move_to_end(name)
                 pinned[kept.adapter] = self._in_use([(kept.adapter, 1.0)])
                 return kept.adapter
-            failed = self._failed.get(name)
-            if failed is not None and failed[0] == version:
-                raise LoraError(failed[1], param="lora")
+            self._check_failed(name, version)
         began = time.monotonic()
         try:
             adapter = self._fresh(name, found[name], version)
@@ -217,7 +240,7 @@ class Loras:
         seconds = time.monotonic() - began
         with self._changed:
             self._let_go(name)
-            self._make_room(adapter, pinned)
+            self._make_room(adapter, pinned, given_up)
             self._failed.pop(name, None)
             self._kept[name] = _Kept(adapter, version)
             self._loads += 1
@@ -231,10 +254,20 @@ class Loras:
         )  # fmt: skip
         return adapter
 
+    def _check_failed(self, name: str, version: _Version) -> None:
+        """Raise the LoraError that this file has caused before. Held: `_changed`."""
+        failed = self._failed.get(name)
+        if failed is not None and failed[0] == version:
+            raise LoraError(failed[1], param="lora")
+        if version.size > self._max_bytes:
+            raise LoraError(
+                f"The LoRA {shown(name)} cannot be used: it has {version.size:,} bytes; the limit "
+                f"is {self._max_bytes:,}.",
+                param="lora",
+            )
+
     def _fresh(self, name: str, file: Path, version: _Version) -> Lora:
         """Read an adapter. Raises LoadError."""
-        if version.size > self._max_bytes:
-            raise LoadError(f"it has {version.size:,} bytes; the limit is {self._max_bytes:,}")
         content = name, _digest(file)
         number = self._numbers.get(content) or next(_numbers)
         # layers know one adapter of a number: a second one would take the first one's place
@@ -249,10 +282,12 @@ class Loras:
         self._living[number] = adapter
         return adapter
 
-    def _make_room(self, adapter: Lora, pinned: Collection[Lora]) -> None:
+    def _make_room(
+        self, adapter: Lora, pinned: Collection[Lora], given_up: Callable[[], bool]
+    ) -> None:
         """Wait until there is memory for an adapter next to those `pinned`. Raises LoraError if
-        there never will be. Held: `_changed`."""
-        together = {*pinned, adapter}
+        there never will be, and once it is `given_up`. Held: `_changed`."""
+        together = list(dict.fromkeys((*pinned, adapter)))
         needed = sum(one.bytes for one in together)
         if needed > self._max_bytes:
             names = ", ".join(one.name for one in together)
@@ -261,23 +296,26 @@ class Loras:
                 f"{self._max_bytes:,}.",
                 param="lora",
             )
-        while self._bytes(adapter) > self._max_bytes:
-            unused = next((name for name, kept in self._kept.items() if not kept.users), None)
-            if unused is None and inside_any_engine():
-                raise LoraError(
-                    "All memory for LoRAs is in use by jobs that wait for this thread.",
-                    param="lora",
-                )
-            if unused is None:
-                self._waiting = True
-                try:
-                    # a job's end notifies, but in CPython alone at once
-                    self._changed.wait(1.0)
-                finally:
-                    self._waiting = False
-                continue
-            del self._kept[unused]
-            self._evictions += 1
+        began = time.monotonic()
+        try:
+            while self._bytes(adapter) > self._max_bytes:
+                unused = next((name for name, kept in self._kept.items() if not kept.users), None)
+                if unused is not None:
+                    del self._kept[unused]
+                    self._evictions += 1
+                    continue
+                if inside_any_engine():
+                    raise LoraError(
+                        "All memory for LoRAs is in use by jobs that wait for this thread.",
+                        param="lora",
+                    )
+                if given_up():
+                    raise LoraError("Nobody waits for these LoRAs any more.", param="lora")
+                self._waiting = began
+                # a job's end notifies, but in CPython alone at once; who gives up does not
+                self._changed.wait(1.0)
+        finally:
+            self._waiting = None
 
     def _let_go(self, name: str) -> None:
         """Forget an adapter, which takes memory as long as jobs use it. Held: `_changed`."""
@@ -335,11 +373,11 @@ def _checked(lora: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
             raise LoraError(
                 f"The scale of the LoRA {shown(name)} is {scale:g}; it must be "
                 f"-{MOST_LORA_SCALE:g} to {MOST_LORA_SCALE:g}.",
-                code="invalid_value", param=f"lora[{i}].scale",
+                code="invalid_value", param=f"lora.{i}.scale",
             )  # fmt: skip
         if name in (other for other, _ in wanted[:i]):
             raise LoraError(
-                f"The LoRA {shown(name)} is named twice.", code="invalid_value", param=f"lora[{i}]"
+                f"The LoRA {shown(name)} is named twice.", code="invalid_value", param=f"lora.{i}"
             )
     return wanted
 
@@ -353,14 +391,15 @@ def _entries(directory: Path | None) -> list[Path]:
 
 
 def _named(entry: Path) -> tuple[str, Path | None]:
-    """The name of an adapter, and its file; None if the entry is none."""
+    """The name of an adapter, and its file; None if the entry is none. Only regular files are: who
+    opens a pipe waits."""
     if entry.name.startswith("."):
         return entry.name, None
     if entry.is_dir():
-        files = sorted(entry.glob("*.safetensors"))
+        files = sorted(filter(Path.is_file, entry.glob("*.safetensors")))
         usual = [file for file in files if file.name == _USUAL]
         return entry.name, (usual or (files if len(files) == 1 else [None]))[0]  # type: ignore[list-item]
-    return entry.stem, entry if entry.suffix == ".safetensors" else None
+    return entry.stem, entry if entry.suffix == ".safetensors" and entry.is_file() else None
 
 
 def _place(name: str, found: Mapping[str, Path]) -> Path:
@@ -380,8 +419,10 @@ def _version_of(name: str, found: Mapping[str, Path]) -> _Version:
 
 
 def _version(file: Path) -> _Version:
-    stat = file.stat()
-    return _Version(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return _Version(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _version_or_none(file: Path | None) -> _Version | None:

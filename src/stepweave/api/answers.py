@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
-from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat, ResolvedParameters
+from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat, ResolvedParameters, lora_text
 from stepweave.resource import without_del
 from stepweave.serving.jobs import Followed
 from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
@@ -136,9 +136,9 @@ def image_answer(answer: Answer) -> Response:
     """The first image's file.
 
     All parameters are in headers but prompts, and other texts and lists of the pipeline: proxies
-    limit the length of a header, and the file has them. `X-Stepweave-Flagged` is "true" for an
-    image that the pipeline's safety checker flagged. Warnings, if there are any, are in
-    `X-Stepweave-Warnings`.
+    limit the length of a header, and the file has them. LoRAs are one text. `X-Stepweave-Flagged`
+    is "true" for an image that the pipeline's safety checker flagged. Warnings, if there are any,
+    are in `X-Stepweave-Warnings`.
     """
     file = answer.images[0]
     headers = {
@@ -148,6 +148,8 @@ def image_answer(answer: Answer) -> Response:
         and not isinstance(value, list)
         and (name in ResolvedParameters.model_fields or isinstance(value, (int, float)))
     }
+    if lora := lora_text(file.values):
+        headers["X-Stepweave-Lora"] = lora
     if file.flagged:
         headers["X-Stepweave-Flagged"] = "true"
     if answer.details.warnings:

@@ -157,8 +157,9 @@ def image_headers() -> dict[str, Any]:
             "schema": {"$ref": f"{place}/{name}"},
         }
         for name in ResolvedParameters.model_fields
-        if name not in others and "prompt" not in name
+        if name not in others and "prompt" not in name and name != "lora"
     }
+    headers["X-Stepweave-Lora"] = header("LoRAs with their scales: `rings:0.8,chalk:1`.")
     flagged = header("Of an image that the pipeline's safety checker flagged.", const="true")
     return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER
 

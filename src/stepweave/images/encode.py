@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stepweave import __version__
 from stepweave.errors import InvalidRequestError
-from stepweave.parameters import OutputFormat
+from stepweave.parameters import OutputFormat, lora_text
 
 # limits of the encoders, in pixels
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
@@ -32,6 +32,8 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
         "Seed": values["seed"],
         "Size": values["size"],
         "Model": model,
+        # texts with commas are quoted
+        "Lora": json.dumps(lora) if (lora := lora_text(values)) else None,
         "Version": f"stepweave {__version__}",
     }
     known = [f"{name}: {value}" for name, value in fields.items() if value is not None]

@@ -15,7 +15,7 @@ from stepweave.errors import (
     duration,
     shown,
 )
-from stepweave.parameters import OWN_TIMES, Parameters
+from stepweave.parameters import OWN_TIMES, Parameters, lora_text
 from stepweave.reasons import refusal_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
             for name, images in parameters.sources.images.items()
             if any(image.size != result for image in images)
         }
+    if parameters.lora and isinstance(cause, NonFiniteError):
+        own["lora"] = lora_text(parameters.of_image(0))
     if own and isinstance(cause, REFUSALS):
         names = ", ".join(f"{name}={shown(value)}" for name, value in own.items())
         logger.warning(

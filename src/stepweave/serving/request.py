@@ -379,7 +379,8 @@ class ActiveRequest:
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop is closing
             return RequestCancelledError()
-        if isinstance(error, (NonFiniteError, ImageCountError)) and self.parameters.arguments:
+        special = self.parameters.arguments or self.parameters.lora
+        if isinstance(error, (NonFiniteError, ImageCountError)) and special:
             return failure_of(error, self.job, self.parameters)
         if isinstance(error, NonFiniteError):
             logger.warning(

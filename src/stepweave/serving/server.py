@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Hashable
 from dataclasses import replace
@@ -137,13 +138,16 @@ class Server(Lifecycle):
     ) -> Chosen:
         """A request's LoRAs, once they are in memory; others go on meanwhile. Raises LoraError,
         DeadlineExceededError."""
+        left = threading.Event()  # if the client does not wait any more, its place is free
         try:
             async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
-                return await on_thread(self.readers, loras.choose, parameters.lora)
+                return await on_thread(self.readers, loras.choose, parameters.lora, left.is_set)
         except TimeoutError:
             raise DeadlineExceededError(
                 f"deadline_ms is {deadline_ms}; the LoRAs were not in memory until then."
             ) from None
+        finally:
+            left.set()
 
     @property
     def places(self) -> int:
