@@ -73,7 +73,7 @@ def in_diffusers(family: str, token: str) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize("token", ["zork", "Zork"])
+@pytest.mark.parametrize("token", ["zork", pytest.param("Zork", marks=pytest.mark.full)])
 @pytest.mark.parametrize("family", [SD, XL])
 def test_the_engine_gives_the_image_of_diffusers_own_call(
     folder: Path, family: str, token: str

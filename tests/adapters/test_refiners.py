@@ -153,7 +153,10 @@ def test_progress_previews_and_cancelling_span_both_models(folder: Path, base: A
         assert job.progress.step == 6
 
 
-@pytest.mark.parametrize("scheduler", DIFFUSION)
+@pytest.mark.parametrize(
+    "scheduler",
+    [name if name == "Heun" else pytest.param(name, marks=pytest.mark.full) for name in DIFFUSION],
+)
 def test_every_scheduler_runs_through_both_models(folder: Path, base: Any, scheduler: str) -> None:
     kind, changes = DIFFUSION[scheduler]
     own = kind.from_config(base.scheduler.config, **changes)
@@ -203,7 +206,10 @@ def test_what_is_null_is_the_models(folder: Path, base: Any, tmp_path: Path) -> 
         load_refiner(tmp_path / "it", base, torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["off", "threads", "request"])
+@pytest.mark.parametrize(
+    "mode",
+    ["off", *(pytest.param(mode, marks=pytest.mark.full) for mode in ("threads", "request"))],
+)
 def test_modes_without_shared_steps_refine_too(folder: Path, base: Any, mode: Any) -> None:
     second = load_refiner(folder / "refiner", base, torch.float32)
     pipeline = refined(base, second, {})

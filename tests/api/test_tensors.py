@@ -237,42 +237,39 @@ def test_requests_that_differ_in_a_tensor_are_not_one(needing: InProcess) -> Non
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "told"),
-    [
-        ({"prompt_embeds": torch.zeros(2, 4, 32)}, "prompt_embeds",
-         "prompt_embeds is float32 [2, 4, 32]; its dimension 0 must be 1, for one prompt."),
-        ({"prompt_embeds": torch.zeros(1, 513, 32)}, "prompt_embeds",
-         "is float32 [1, 513, 32]; it is of 513 tokens; the limit is 512."),
-        ({"prompt_embeds": torch.zeros(1, 4, 33)}, "prompt_embeds",
-         "The pipeline fails with these values (RuntimeError): prompt_embeds=float32 [1, 4, 33]"),
-        ({"prompt_embeds": torch.zeros(1, 32)}, "prompt_embeds", "prompt_embeds=float32 [1, 32]"),
-        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 32)}, None, "The pipeline rejects"),
-        ({"prompt_embeds": torch.full((1, 4, 32), float("nan"))}, "prompt_embeds", "NaN"),
-        ({"prompt_embeds": torch.full((1, 4, 32), 65_505.0)}, "prompt_embeds", "to 65504"),
-        ({"prompt": "a", "latents": torch.zeros(2, 4, 8, 8)}, "latents",
-         "its dimension 0 must be 1, for one prompt."),
-        ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 16)}, "latents",
-         "for a result of 16x16 it must be [n, channels, rows, columns]"),
-        ({"prompt": "a", "latents": torch.zeros(1, 4, 64)}, "latents", "it must be [n, channels"),
-        ({"prompt": "a", "latents": torch.zeros(1, 5, 8, 8)}, "latents", "latents=float32 [1, 5,"),
-        ({"negative_prompt_embeds": torch.zeros(1, 4, 32)}, "prompt", "prompt is missing"),
-        ({}, "prompt", "prompt is missing"),
-        ({"prompt_embeds": "AAAA"}, "prompt_embeds", "its content is no file of safetensors"),
-        ({"prompt": "a", "masked_image_latents": "AAAA"}, "masked_image_latents", "Unknown field"),
-    ],
-)  # fmt: skip
-def test_a_tensor_that_does_not_fit_is_told_with_its_shape(
-    tiny: InProcess, fields: dict[str, Any], param: str | None, told: str
-) -> None:
-    given = {
-        name: sent(value) if isinstance(value, torch.Tensor) else value
-        for name, value in fields.items()
-    }
-    answer = post(tiny, **given, **TINY)
-    status, named, message = error(answer)
-    assert (status, named) == (400, param) and told in message, message
-    assert post(tiny, prompt="a", **TINY).status_code == 200
+MISFITS: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"prompt_embeds": torch.zeros(2, 4, 32)}, "prompt_embeds",
+     "prompt_embeds is float32 [2, 4, 32]; its dimension 0 must be 1, for one prompt."),
+    ({"prompt_embeds": torch.zeros(1, 513, 32)}, "prompt_embeds",
+     "is float32 [1, 513, 32]; it is of 513 tokens; the limit is 512."),
+    ({"prompt_embeds": torch.zeros(1, 4, 33)}, "prompt_embeds",
+     "The pipeline fails with these values (RuntimeError): prompt_embeds=float32 [1, 4, 33]"),
+    ({"prompt_embeds": torch.zeros(1, 32)}, "prompt_embeds", "prompt_embeds=float32 [1, 32]"),
+    ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 32)}, None, "The pipeline rejects"),
+    ({"prompt_embeds": torch.full((1, 4, 32), float("nan"))}, "prompt_embeds", "NaN"),
+    ({"prompt_embeds": torch.full((1, 4, 32), 65_505.0)}, "prompt_embeds", "to 65504"),
+    ({"prompt": "a", "latents": torch.zeros(2, 4, 8, 8)}, "latents",
+     "its dimension 0 must be 1, for one prompt."),
+    ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 16)}, "latents",
+     "for a result of 16x16 it must be [n, channels, rows, columns]"),
+    ({"prompt": "a", "latents": torch.zeros(1, 4, 64)}, "latents", "it must be [n, channels"),
+    ({"prompt": "a", "latents": torch.zeros(1, 5, 8, 8)}, "latents", "latents=float32 [1, 5,"),
+    ({"negative_prompt_embeds": torch.zeros(1, 4, 32)}, "prompt", "prompt is missing"),
+    ({}, "prompt", "prompt is missing"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds", "its content is no file of safetensors"),
+    ({"prompt": "a", "masked_image_latents": "AAAA"}, "masked_image_latents", "Unknown field"),
+]  # fmt: skip
+
+
+def test_a_tensor_that_does_not_fit_is_told_with_its_shape(tiny: InProcess) -> None:
+    for fields, param, told in MISFITS:
+        given = {
+            name: sent(value) if isinstance(value, torch.Tensor) else value
+            for name, value in fields.items()
+        }
+        status, named, message = error(post(tiny, **given, **TINY))
+        assert (status, named) == (400, param) and told in message, (fields, message)
+        assert post(tiny, prompt="a", **TINY).status_code == 200, fields
 
 
 def test_maps_are_no_larger_than_the_result(needing: InProcess) -> None:

@@ -39,7 +39,6 @@ ENTRIES = served()
 LEAST_SHARE = 0.95
 # one of every kind of input and result
 SOME = (  # of all, which the full test runs
-    "flux_img2img",
     "flux_kontext",  # an instruction
     "marigold_depth",
     "ddpm",  # neither prompt nor image
