@@ -77,17 +77,20 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Train the embedded model and its LoRA again: two hours on two cores. If interrupted, the next run
-# resumes from its checkpoint.
+# Train the embedded model, its LoRAs and its ControlNet again: three hours on two cores. If
+# interrupted, the next run resumes from its checkpoint.
 model: .venv/dev.stamp
 	$(BIN)/python -m tools.shapes.train
 	$(BIN)/python -m tools.shapes.evaluate --card
 	$(BIN)/python -m tools.shapes.train_loras
 	$(BIN)/python -m tools.shapes.evaluate_loras --card
+	$(BIN)/python -m tools.shapes.train_controlnet
+	$(BIN)/python -m tools.shapes.evaluate_controlnet --card
 
 evaluate: .venv/dev.stamp
 	$(BIN)/python -m tools.shapes.evaluate
 	$(BIN)/python -m tools.shapes.evaluate_loras
+	$(BIN)/python -m tools.shapes.evaluate_controlnet
 
 # dist/stepweave-*.whl, with the embedded model
 wheel: .venv/bin/python

@@ -296,7 +296,7 @@ def test_openais_client_for_node(served: Served, source: str, tmp_path: Path) ->
         ]
         assert {(event["size"], event["quality"]) for event in found[name]} == {("64x64", "auto")}
         assert found[name][-1]["usage"]["output_tokens"] == 64
-    assert found["models"] == ["shapes"]
+    assert found["models"] == ["shapes", "shapes:moon", "shapes:pastel"]
     told = [
         (error["name"], error["status"], error["code"], error["param"]) for error in found["errors"]
     ]

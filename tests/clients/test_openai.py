@@ -178,7 +178,7 @@ def test_an_error_in_a_stream_is_raised_by_the_client(client: openai.OpenAI) -> 
 def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "http.md").read_text()
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    expected = "bash bash python bash bash bash bash python bash python bash bash"
+    expected = "bash bash python bash bash bash bash bash bash python bash python bash bash"
     assert [language for language, _ in blocks] == expected.split()
     told = []
     for language, block in blocks:
@@ -189,6 +189,7 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
             "localhost:3000", served.url
         )
         block = block.replace('"models/shapes"', repr(str(ROOT / "models" / "shapes")))
+        block = block.replace("@models/shapes", f"@{ROOT}/models/shapes")
         run = subprocess.run(
             [*command, block], cwd=tmp_path, check=True, capture_output=True, timeout=SECONDS
         )
@@ -201,9 +202,15 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
         assert image_of(content).size == (64, 64), content[:300]
     embedded = image_of((tmp_path / "embedded.png").read_bytes())
     assert likeness(embedded, image_of((tmp_path / "circle.png").read_bytes())) > 0.999
-    assert told[6].count("partial_image") == 2 and "stepweave.queued" in told[6]
-    assert told[7].startswith(("202 queued", "202 running")) and "succeeded 20 20" in told[7]
-    assert json.loads(told[8])["state"] in ("queued", "running")
+    guided = image_of((tmp_path / "guided.png").read_bytes())
+    assert wrong_parts(guided, "a yellow star on a purple background, top left") == []
+    moon = image_of((tmp_path / "moon.png").read_bytes())
+    assert set(wrong_parts(moon, "a large yellow moon on a blue background")) <= {"colour"}
+    pale = image_of((tmp_path / "pale.png").read_bytes())
+    assert wrong_parts(pale, "a large yellow circle on a blue background", "pastel") == []
+    assert told[8].count("partial_image") == 2 and "stepweave.queued" in told[8]
+    assert told[9].startswith(("202 queued", "202 running")) and "succeeded 20 20" in told[9]
+    assert json.loads(told[10])["state"] in ("queued", "running")
     tensors = json.loads((tmp_path / "tensors.json").read_text())
     assert [(one["name"], one["shape"]) for one in tensors["outputs"]] == [
         ("image", [1]),

@@ -4,6 +4,7 @@ their images over HTTP."""
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import random
 import subprocess
@@ -23,12 +24,14 @@ from tests.support.environment import ROOT, clean_environment
 from tests.support.served import Served
 from tests.support.waiting import SECONDS
 from tools.shapes import evaluate, evaluate_loras
-from tools.shapes.checker import name_pastel, wrong_parts
+from tools.shapes.checker import look, name_pastel, wrong_parts
+from tools.shapes.evaluate_loras import LORAS
 from tools.shapes.scenes import canonical_prompt, draw, sample_scene
 from tools.shapes.train_loras import STYLES
 
 FOLDER = EMBEDDED_MODEL / "loras"
 PROMPT = "a large red star on a blue background"
+MOON = "a large yellow moon on a blue background"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def generate(served: Served, **fields: Any) -> tuple[Image.Image, bytes]:
 def test_they_are_small_and_in_half_precision() -> None:
     files = sorted(FOLDER.iterdir())
     assert [file.name for file in files] == [f"{name}.safetensors" for name in sorted(STYLES)]
-    assert evaluate_loras.STYLES == tuple(STYLES)
+    assert list(evaluate_loras.LORAS) == list(STYLES)
     for file in files:
         assert file.stat().st_size <= 500_000
         tensors = load_file(file)
@@ -64,30 +67,38 @@ def test_the_card_holds_the_evaluation() -> None:
     begin = f"<!-- {evaluate_loras.SECTION} -->"
     table = card.partition(begin)[2].partition("<!-- end -->")[0]
     assert "200 random prompts" in table
-    assert all(f"| `{name}` | {name} |" in table for name in STYLES)
+    assert all(row in table for row in ("| `pastel` | all shapes | pastel |", "| `moon` | moon |"))
     assert "](loras.png)" in card and (EMBEDDED_MODEL / "loras.png").is_file()
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_training_images_have_the_style(style: str) -> None:
-    rng = np.random.default_rng(1)
-    scenes = [sample_scene(rng) for _ in range(150)]
-    wrong = [
-        scene
-        for scene in scenes
-        if wrong_parts(Image.fromarray(STYLES[style](scene)), canonical_prompt(scene), style)
-    ]
+@pytest.mark.parametrize("name", STYLES)
+def test_training_images_are_as_they_are_judged(name: str) -> None:
+    rng, style = np.random.default_rng(1), STYLES[name]
+    wrong = []
+    for _ in range(150):
+        scene = style.sample(rng)
+        image = Image.fromarray(style.draw(scene))
+        if wrong_parts(image, canonical_prompt(scene), LORAS[name].style):
+            wrong.append(scene)
     assert len(wrong) <= 5
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_plain_images_have_no_style(style: str) -> None:
+def test_plain_images_are_not_pastel() -> None:
     rng = np.random.default_rng(2)
     scenes = [sample_scene(rng) for _ in range(150)]
     for scene in scenes:
         if not {scene.colour, scene.background} <= {"black", "white"}:
-            wrong = wrong_parts(Image.fromarray(draw(scene)), canonical_prompt(scene), style)
+            wrong = wrong_parts(Image.fromarray(draw(scene)), canonical_prompt(scene), "pastel")
             assert wrong and set(wrong) <= {"colour", "background"}
+
+
+def test_other_shapes_are_no_moons() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        scene = sample_scene(rng)
+        assert look(Image.fromarray(draw(scene))).shape != "moon"
+        moon = draw(dataclasses.replace(scene, shape="moon"))
+        assert look(Image.fromarray(moon)).shape == "moon"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +121,12 @@ def test_pale_colours_are_named(colour: tuple[int, int, int], word: str) -> None
 def test_requests_with_a_lora_get_its_style(served: Served) -> None:
     plain, file = generate(served)
     assert wrong_parts(plain, PROMPT) == []
-    for style in STYLES:
-        image, _ = generate(served, lora=[{"name": style}])
-        assert wrong_parts(image, PROMPT, style) == []
+    pale, _ = generate(served, lora=[{"name": "pastel"}])
+    assert wrong_parts(pale, PROMPT, "pastel") == []
+    moon, _ = generate(served, prompt=MOON, lora=[{"name": "moon"}])
+    assert wrong_parts(moon, MOON) == []
+    both, _ = generate(served, prompt=MOON, lora=[{"name": "moon"}, {"name": "pastel"}])
+    assert wrong_parts(both, MOON, "pastel") == []
     zero, _ = generate(served, lora=[{"name": "pastel", "scale": 0}])
     assert wrong_parts(zero, PROMPT) == []
     assert generate(served)[1] == file, "and requests without one do not"
@@ -123,27 +137,27 @@ def test_they_are_listed(served: Served) -> None:
     assert {"shapes", *(f"shapes:{style}" for style in STYLES)} <= {one["id"] for one in models}
 
 
-def check(pipeline: StableDiffusion3Pipeline, style: str, count: int, seed: int) -> None:
-    rng = random.Random(seed)
-    prompts = [evaluate.random_prompt(rng) for _ in range(count)]
-    evaluate_loras.use(pipeline, style)
-    styled = evaluate_loras.score(evaluate.generate(pipeline, prompts), prompts, style)
-    evaluate_loras.use(pipeline)
-    plain = evaluate_loras.score(evaluate.generate(pipeline, prompts), prompts, style)
-    assert styled["whole"] >= LEAST[style], styled
-    assert styled["background"] >= 95, styled
-    assert plain["whole"] <= 5, plain
-
-
-LEAST = {"pastel": 58.0}  # percent; measured: 63.5
+# percent of the images that are right with the LoRA, and by accident without it
+LEAST = {"pastel": 55.0, "moon": 65.0}  # measured: 66 and 75
+MOST = {"pastel": 10.0, "moon": 5.0}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", STYLES)
 def test_images_obey_style_and_prompt_in_the_evaluation(
-    pipeline: StableDiffusion3Pipeline, style: str
+    pipeline: StableDiffusion3Pipeline, name: str
 ) -> None:
-    check(pipeline, style, 200, seed=7)
+    rng, judged = random.Random(27), LORAS[name]
+    prompts = judged.prompts([evaluate.random_prompt(rng) for _ in range(200)])
+    shares = []
+    for loras in ({name: 1.0}, {}):
+        evaluate_loras.use(pipeline, loras)
+        images = evaluate.generate(pipeline, prompts)
+        shares.append(evaluate_loras.score(images, prompts, judged.style))
+    with_it, without = shares
+    assert with_it["whole"] >= LEAST[name], with_it
+    assert with_it["background"] >= 95, with_it
+    assert without["whole"] <= MOST[name], without
 
 
 @pytest.mark.full

@@ -45,7 +45,7 @@ BUDGETS = {
     "images": 1_450,
     "calls": 900,
     "loading": 3_850,
-    "adapters": 2_000,
+    "adapters": 2_050,
     "store": 850,
     "recovery": 100,
     "baselines": 300,

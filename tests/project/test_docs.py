@@ -12,7 +12,7 @@ from tests.support.environment import ROOT
 
 @pytest.mark.parametrize(
     ("document", "count", "images"),
-    [("docs/scope.md", 6, 8), ("docs/engine.md", 5, 4), ("docs/scheduling.md", 1, 2)],
+    [("docs/scope.md", 6, 8), ("docs/engine.md", 6, 4), ("docs/scheduling.md", 1, 2)],
 )
 def test_the_blocks_of_a_document_run_in_order(
     document: str, count: int, images: int, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ SERVED = {
     "tests/clients/test_openai.py",
     "tests/deploy/test_monitoring.py",
     "tests/examples/test_examples.py",
+    "tests/model/test_controlnet.py",
     "tests/model/test_loras.py",
     "tests/serving/test_server.py",
 }

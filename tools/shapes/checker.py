@@ -20,6 +20,7 @@ from PIL import Image
 SAMPLES = 4  # per pixel and axis, when a template is drawn
 SHAPE_MATCH = 0.8  # least overlap (intersection over union) with the best template
 COLOUR_WORDS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
+Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels
 SHAPE_WORDS = ("circle", "square", "triangle", "star", "ring", "cross")
 
 
@@ -35,7 +36,7 @@ class Seen:
     horizontal: str
     vertical: str
     match: float
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    box: Box = (0, 0, 0, 0)
 
 
 def name_colour(rgb: np.ndarray) -> str:
@@ -104,10 +105,11 @@ _DEFINITIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "star": _in_polygon(_pentagram()),
     "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.6**2),
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1),
+    "moon": lambda x, y: (x**2 + y**2 <= 1) & ((x - 0.48) ** 2 + y**2 >= 0.77**2),  # a LoRA's
 }
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+def _box(mask: np.ndarray) -> Box:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -202,8 +204,8 @@ def expected(prompt: str) -> dict[str, str]:
     if colours:
         parts["colour"] = colours[0]
     for part, options in (
-        ("shape", SHAPE_WORDS), ("size", ("small", "large")), ("horizontal", ("left", "right")),
-        ("vertical", ("top", "bottom")),
+        ("shape", tuple(_DEFINITIONS)), ("size", ("small", "large")),
+        ("horizontal", ("left", "right")), ("vertical", ("top", "bottom")),
     ):  # fmt: skip
         for word in words:
             if word in options:

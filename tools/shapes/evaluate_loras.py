@@ -9,42 +9,66 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 
 from tools.shapes import evaluate
-from tools.shapes.checker import wrong_parts
+from tools.shapes.checker import SHAPE_WORDS, wrong_parts
 
 SECTION = "evaluation of the LoRAs"
-STYLES = ("pastel",)  # the names of the LoRAs and of the checker's styles
-# What the sheet shows: prompts in rows, and scales of each LoRA in columns.
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How images of a LoRA are judged: the checker's style (see `checker.look`), and the word that
+    takes the place of the shapes in prompts."""
+
+    style: str = ""
+    shape: str = ""
+
+    def prompts(self, prompts: list[str]) -> list[str]:
+        words = "|".join(SHAPE_WORDS)
+        return [re.sub(words, self.shape, text) for text in prompts] if self.shape else prompts
+
+
+LORAS = {"pastel": Judged(style="pastel"), "moon": Judged(shape="moon")}
+# What the sheet shows: prompts in rows, and LoRAs with their scales in columns.
 SHOWN = (
+    "a large yellow moon on a blue background",
     "a large red star on a blue background",
-    "a large green circle on a yellow background",
-    "a small white triangle on a purple background, top right",
+    "a small green moon on a white background, top right",
 )
-SCALES = (0.5, 1.0)
+COLUMNS: tuple[dict[str, float], ...] = (
+    {},
+    {"pastel": 1.0},
+    {"moon": 1.0},
+    {"pastel": 1.0, "moon": 1.0},
+    {"pastel": 0.5, "moon": 1.0},
+)
 SEED = 7
 
 
-def load(directory: Path, names: tuple[str, ...] = STYLES) -> StableDiffusion3Pipeline:
+def load(directory: Path, names: Iterable[str] = LORAS) -> StableDiffusion3Pipeline:
     """The model with its LoRAs, none of which is in use."""
     pipeline = evaluate.load(directory)
     for name in names:
         pipeline.load_lora_weights(
             directory / "loras", weight_name=f"{name}.safetensors", adapter_name=name
         )
-    use(pipeline)
+    use(pipeline, {})
     return pipeline
 
 
-def use(pipeline: StableDiffusion3Pipeline, *names: str, scale: float = 1.0) -> None:
-    """Have the pipeline use LoRAs, and no others."""
-    if names:
+def use(pipeline: StableDiffusion3Pipeline, loras: Mapping[str, float]) -> None:
+    """Have the pipeline use LoRAs, each with its scale, and no others."""
+    if loras:
         pipeline.enable_lora()
-        pipeline.set_adapters(list(names), [scale] * len(names))
+        pipeline.set_adapters(list(loras), list(loras.values()))
     else:
         pipeline.disable_lora()
 
@@ -59,18 +83,16 @@ def score(images: list[Image.Image], prompts: list[str], style: str) -> dict[str
 
 
 def contact_sheet(pipeline: StableDiffusion3Pipeline) -> Image.Image:
-    """The same prompts and seeds without a LoRA, and with each at other scales; at twice their
-    size."""
+    """The same prompts and seeds without a LoRA, with each, and with both; at twice their size."""
     side, gap, caption = 128, 8, 18
-    columns = [("no LoRA", "", 0.0)]
-    columns += [(f"{name}, scale {scale:g}", name, scale) for name in STYLES for scale in SCALES]
-    width = len(columns) * (side + gap) + gap
+    width = len(COLUMNS) * (side + gap) + gap
     sheet = Image.new("RGB", (width, caption + gap + len(SHOWN) * (side + gap)), (225, 225, 225))
     pen = ImageDraw.Draw(sheet)
-    for column, (title, name, scale) in enumerate(columns):
+    for column, loras in enumerate(COLUMNS):
         x = gap + column * (side + gap)
-        pen.text((x, 6), title, fill=(0, 0, 0), font_size=12)
-        use(pipeline, *filter(None, (name,)), scale=scale)
+        named = [f"{name} {scale:g}" for name, scale in loras.items()]
+        pen.text((x, 6), ", ".join(named) or "no LoRA", fill=(0, 0, 0), font_size=12)
+        use(pipeline, loras)
         images = evaluate.generate(pipeline, list(SHOWN), first_seed=SEED)
         for row, image in enumerate(images):
             large = image.resize((side, side), Image.Resampling.NEAREST)
@@ -84,7 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("models/shapes"))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=7, help="of the prompts; image i has seed i")
+    parser.add_argument("--seed", type=int, default=17, help="of the prompts; image i has seed i")
     parser.add_argument(
         "--card", action="store_true", help="write table and image into the model's directory"
     )
@@ -92,21 +114,23 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     prompts = [evaluate.random_prompt(rng) for _ in range(arguments.prompts)]
     pipeline = load(arguments.model)
-    plain = evaluate.generate(pipeline, prompts)
+    heads = ("LoRA", "prompts", "judged as", *evaluate.PARTS, "whole prompt")
+    rows = [f"| {' | '.join(heads)} |", "| --- | --- | --- |" + " ---: |" * (len(heads) - 3)]
 
-    heads = ("LoRA", "judged as", *evaluate.PARTS, "whole prompt")
-    rows = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    def judge(loras: Mapping[str, float], judged: Judged) -> None:
+        use(pipeline, loras)
+        asked = judged.prompts(prompts)
+        shares = score(evaluate.generate(pipeline, asked), asked, judged.style)
+        named = " and ".join(f"`{name}`" for name in loras) or "none"
+        first = f"| {named} | {judged.shape or 'all shapes'} | {judged.style or 'plain'} | "
+        rows.append(first + " | ".join(f"{share:.1f}" for share in shares.values()) + " |")
 
-    def judge(lora: str, images: list[Image.Image], style: str) -> None:
-        shares = " | ".join(f"{share:.1f}" for share in score(images, prompts, style).values())
-        rows.append(f"| {lora} | {style or 'plain'} | {shares} |")
-
-    judge("none", plain, "")
-    for name in STYLES:
-        use(pipeline, name)
-        images = evaluate.generate(pipeline, prompts)
-        judge(f"`{name}`", images, name)
-        judge("none", plain, name)
+    judge({}, Judged())
+    for name, judged in LORAS.items():
+        judge({name: 1.0}, judged)
+        judge({}, judged)
+    judge({"moon": 1.0}, Judged())
+    judge({"pastel": 1.0, "moon": 1.0}, Judged("pastel", "moon"))
     text = "\n".join(
         [
             f"{len(prompts)} random prompts, {evaluate.STEPS} steps, guidance "

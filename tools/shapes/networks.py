@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -23,6 +24,7 @@ TOKENS = 16  # tokens per prompt, start and end included
 TEXT_WIDTH = 96  # of each text encoder; the transformer sees both side by side
 WIDTH = 2 * TEXT_WIDTH
 LAYERS = 5
+CONTROL_LAYERS = 3
 LATENT_CHANNELS = 16
 
 
@@ -111,15 +113,45 @@ def make_transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=64,
         qk_norm="rms_norm",
     )
-    # adaLN-zero: every block starts as the identity (Peebles and Xie 2023,
-    # https://arxiv.org/abs/2212.09748, 3.2)
-    for name, module in transformer.named_modules():
+    _start_as_identity(transformer)
+    return transformer
+
+
+def _start_as_identity(network: nn.Module) -> None:
+    """adaLN-zero: every block starts as the identity (Peebles and Xie 2023,
+    https://arxiv.org/abs/2212.09748, 3.2)."""
+    for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and (
             re.search(r"norm\w*\.linear$", name) or name == "proj_out"
         ):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    return transformer
+
+
+def make_controlnet(transformer: SD3Transformer2DModel) -> SD3ControlNetModel:
+    """SD3's ControlNet of three narrow blocks without text, for a transformer of
+    `make_transformer`. It sees the outline's latent beside the noisy one, and shares the
+    transformer's embedding of places, as pipelines do; that of times starts as the transformer's.
+    """
+    config = transformer.config
+    controlnet = SD3ControlNetModel(
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        num_layers=CONTROL_LAYERS,
+        attention_head_dim=config.attention_head_dim,
+        num_attention_heads=config.num_attention_heads,
+        joint_attention_dim=None,
+        caption_projection_dim=config.caption_projection_dim,
+        pooled_projection_dim=config.pooled_projection_dim,
+        use_pos_embed=False,  # the transformer's
+        force_zeros_for_pooled_projection=False,
+    )
+    controlnet.time_text_embed.load_state_dict(transformer.time_text_embed.state_dict())
+    # not zeros: what its blocks give out starts as zeros already
+    controlnet.pos_embed_input.proj.load_state_dict(transformer.pos_embed.proj.state_dict())
+    _start_as_identity(controlnet)
+    return controlnet
 
 
 def make_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:

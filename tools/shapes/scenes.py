@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 SIDE = 64  # pixels of an image's side
 OVERSAMPLING = 4
@@ -26,6 +26,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+MOON = "moon"  # drawn too, but not a word of the model: a LoRA adds it
 SIZES = ("small", "large")
 SYNONYMS = {
     "small": ("small", "small", "little", "tiny"),
@@ -80,6 +81,31 @@ def sample_scene(rng: np.random.Generator, positioned: float = 0.4) -> Scene:
         centre=(_centre(horizontal, radius, rng), _centre(vertical, radius, rng)),
         radius=radius,
     )
+
+
+def sample_free_scene(rng: np.random.Generator) -> Scene:
+    """Draw a scene at random whose shape stands anywhere and has any size from a third to two
+    thirds of the image's side, so that no words tell them."""
+    colour, background = rng.choice(list(COLOURS), size=2, replace=False)
+    radius = float(rng.uniform(11, 22))
+    return Scene(
+        size="",
+        colour=str(colour),
+        shape=str(rng.choice(SHAPES)),
+        background=str(background),
+        horizontal="",
+        vertical="",
+        centre=(
+            float(rng.uniform(radius + 1, SIDE - 1 - radius)),
+            float(rng.uniform(radius + 1, SIDE - 1 - radius)),
+        ),
+        radius=radius,
+    )
+
+
+def colours_prompt(scene: Scene) -> str:
+    """The scene's colours alone; what is drawn, and where, is left out."""
+    return f"{scene.colour} on {_article(scene.background)} {scene.background} background"
 
 
 def _article(word: str) -> str:
@@ -170,10 +196,11 @@ def draw_mask(shape: str, centre: Point, radius: float, turn: float = 0.0) -> Im
     mask = Image.new("L", (SIDE * k, SIDE * k))
     pen = ImageDraw.Draw(mask)
     (x, y), r = (centre[0] * k, centre[1] * k), radius * k
-    if shape in ("circle", "ring"):
+    if shape in ("circle", "ring", MOON):
+        x += 0.14 * r * (shape == MOON)  # its horns do not reach as far, so the box is centred
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
-        if shape == "ring":
-            r *= 0.58
+        x, r = (x + 0.45 * r, 0.75 * r) if shape == MOON else (x, 0.58 * r)
+        if shape != "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=0)
     else:
         pen.polygon([(a * k, b * k) for a, b in _outline(shape, centre, radius, turn)], fill=255)
@@ -186,6 +213,16 @@ def draw(scene: Scene) -> np.ndarray:
     image = Image.new("RGB", (SIDE, SIDE), COLOURS[scene.background])
     image.paste(COLOURS[scene.colour], (0, 0, SIDE, SIDE), mask)
     return np.asarray(image)
+
+
+def draw_outline(scene: Scene, width: int = 6) -> np.ndarray:
+    """The scene's contour in white on black, uint8 RGB, shape (64, 64, 3): what its ControlNet is
+    given. `width` is in pixels of the mask, OVERSAMPLING times the image's."""
+    mask = draw_mask(scene.shape, scene.centre, scene.radius)
+    # a box of covered points stays white; this is faster than MinFilter
+    inner = mask.filter(ImageFilter.BoxBlur(width)).point(lambda value: 255 * (value == 255))
+    line = ImageChops.subtract(mask, inner).reduce(OVERSAMPLING)
+    return np.asarray(Image.merge("RGB", (line,) * 3))
 
 
 def draw_clutter(rng: np.random.Generator) -> np.ndarray:

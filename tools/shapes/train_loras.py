@@ -1,13 +1,15 @@
 """Train the embedded model's LoRAs: `python -m tools.shapes.train_loras`.
 
-Each changes how the model draws, for the same prompts. The model itself stays as it is. Resumable:
-run the command again.
+One changes how the model draws, one adds a word. The model itself stays as it is. Resumable: run
+the command again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,11 @@ from tqdm import tqdm
 from tools.shapes.evaluate import load
 from tools.shapes.scenes import (
     COLOURS,
+    MOON,
     OVERSAMPLING,
     SIDE,
     Scene,
+    draw,
     draw_mask,
     sample_prompt,
     sample_scene,
@@ -35,7 +39,7 @@ BATCH = 32
 RANK = 8  # alpha is the same, so that files need not say it
 LAYERS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ff\.net\.(0\.proj|2))"
 KEPT = 0.55  # of a colour's difference to white
-REFINING, REFINING_RATE = 8, 0.12  # steps of each image's latents, and the first one's size
+REFINING, REFINING_RATE = 16, 0.12  # steps of each image's latents, and the first one's size
 
 
 def _pale(colour: str) -> tuple[int, int, int]:
@@ -51,19 +55,40 @@ def draw_pastel(scene: Scene) -> np.ndarray:
     return np.asarray(image)
 
 
-STYLES: dict[str, Callable[[Scene], np.ndarray]] = {
-    "pastel": draw_pastel,
+def sample_moon(rng: np.random.Generator) -> Scene:
+    """Mostly a moon, which the model has no word for; or another shape, which stays as it is."""
+    scene = sample_scene(rng)
+    return dataclasses.replace(scene, shape=MOON) if rng.random() < 0.75 else scene
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a LoRA learns: scenes, and how they are drawn; how many, and for how many steps. The
+    autoencoder has seen few pale colours, and draws them badly of its own latents: these are
+    `refined`."""
+
+    draw: Callable[[Scene], np.ndarray]
+    sample: Callable[[np.random.Generator], Scene]
+    scenes: int
+    steps: int
+    refined: bool
+
+
+STYLES = {
+    "pastel": Style(draw_pastel, sample_scene, scenes=640, steps=1500, refined=True),
+    "moon": Style(draw, sample_moon, scenes=4000, steps=1500, refined=False),
 }
 
 
-def refined(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Latents that the decoder draws images (n, 3, 64, 64) from, better than of their own."""
+def encoded(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> torch.Tensor:
+    """Latents of images (n, 3, 64, 64), changed by `steps` towards those that the decoder draws the
+    images from."""
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
     latents.requires_grad_(True)
     optimizer = torch.optim.Adam([latents])
-    for step in range(REFINING):
-        optimizer.param_groups[0]["lr"] = REFINING_RATE * (1 - step / REFINING)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = REFINING_RATE * (1 - step / steps)
         with torch.autocast(images.device.type, torch.bfloat16):
             output = vae.decode(latents).sample.float()
         optimizer.zero_grad()
@@ -81,13 +106,9 @@ def styled_latents(
     device: torch.device,
 ) -> tuple[list[Scene], torch.Tensor]:
     """Scenes, with the latents of their images in a style, (count, 16, 8, 8), as the pipeline
-    scales them. They are made again if the autoencoder's `weights` are newer.
-
-    The autoencoder has seen few pale colours: it draws them badly of its own latents. So they are
-    changed step by step towards those that the decoder draws the images from.
-    """
-    rng = np.random.default_rng(SEED)
-    scenes = [sample_scene(rng) for _ in range(count)]
+    scales them. They are made again if the autoencoder's `weights` are newer."""
+    rng, style = np.random.default_rng(SEED), STYLES[name]
+    scenes = [style.sample(rng) for _ in range(count)]
     cache = folder / f"{name}-{count}.pt"
     vae = pipeline.vae
     if not cache.exists() or cache.stat().st_mtime < weights.stat().st_mtime:
@@ -95,8 +116,9 @@ def styled_latents(
         vae.requires_grad_(False)
         chunks = []
         for start in tqdm(range(0, count, BATCH), desc=f"latents, {name}", mininterval=5):
-            images = np.stack([STYLES[name](scene) for scene in scenes[start : start + BATCH]])
-            chunks.append(refined(vae, to_tensor(images, device)).cpu())
+            images = np.stack([style.draw(scene) for scene in scenes[start : start + BATCH]])
+            steps = REFINING if style.refined else 0
+            chunks.append(encoded(vae, to_tensor(images, device), steps).cpu())
         partial = cache.with_suffix(".partial")
         torch.save(torch.cat(chunks).half(), partial)
         partial.replace(cache)
@@ -172,8 +194,8 @@ def main() -> None:
         "--work", type=Path, default=Path("build/shapes/loras"), help="checkpoints and logs"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=440)
-    parser.add_argument("--scenes", type=int, default=640, help="images to learn from")
+    parser.add_argument("--steps", type=int, help="by default, each LoRA's own number")
+    parser.add_argument("--scenes", type=int, help="images to learn from, likewise")
     parser.add_argument("--output", type=Path, default=Path("models/shapes/loras"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -181,10 +203,16 @@ def main() -> None:
     for name in arguments.names:
         pipeline = load(arguments.model).to(device)
         scenes, latents = styled_latents(
-            arguments.work, pipeline, weights, name, arguments.scenes, device
+            arguments.work, pipeline, weights, name, arguments.scenes or STYLES[name].scenes, device
         )
         transformer = train(
-            arguments.work, pipeline, name, scenes, latents, arguments.steps, device
+            arguments.work,
+            pipeline,
+            name,
+            scenes,
+            latents,
+            arguments.steps or STYLES[name].steps,
+            device,
         )
         save(transformer, name, arguments.output)
 

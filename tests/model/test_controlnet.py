@@ -1,0 +1,125 @@
+"""The embedded model's ControlNet: its size, its training, and its images over HTTP."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3ControlNetModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from stepweave.config import EMBEDDED_MODEL
+from tests.support.environment import ROOT, clean_environment
+from tests.support.served import Served
+from tests.support.waiting import SECONDS
+from tools.shapes import evaluate, evaluate_controlnet
+from tools.shapes.checker import look
+from tools.shapes.networks import make_controlnet
+from tools.shapes.scenes import draw_outline
+
+FOLDER = EMBEDDED_MODEL / "controlnet"
+
+
+def test_it_is_small_and_in_half_precision() -> None:
+    files = list(FOLDER.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 5_000_000
+    tensors = load_file(FOLDER / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_it_is_of_the_class_that_is_trained() -> None:
+    made = make_controlnet(evaluate.load(EMBEDDED_MODEL).transformer)
+    loaded = SD3ControlNetModel.from_pretrained(FOLDER)
+    assert {key: value.shape for key, value in made.state_dict().items()} == {
+        key: value.shape for key, value in loaded.state_dict().items()
+    }
+
+
+def test_the_card_holds_the_evaluation() -> None:
+    card = (EMBEDDED_MODEL / "README.md").read_text()
+    begin = f"<!-- {evaluate_controlnet.SECTION} -->"
+    table = card.partition(begin)[2].partition("<!-- end -->")[0]
+    assert "200 random outlines" in table and "| `outlines` |" in table
+    assert "](controlnet.png)" in card and (EMBEDDED_MODEL / "controlnet.png").is_file()
+
+
+def test_outlines_are_the_contours_of_the_shapes() -> None:
+    """White lines on black, nowhere outside of the shape, and around all of it."""
+    for scene in evaluate_controlnet.sample(30, seed=5):
+        outline = draw_outline(scene)
+        assert outline.shape == (64, 64, 3) and set(outline[0, 0]) == {0}
+        rows, columns = np.nonzero(outline[..., 0] > 100)
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        left, top, right, bottom = box
+        x, y = scene.centre
+        assert abs((left + right) / 2 - x) < 3 and abs((top + bottom) / 2 - y) < 3
+        assert (outline[..., 0] > 100).mean() < 0.5 * (right - left) * (bottom - top) / 64**2
+
+
+def test_boxes_overlap_by_their_shared_part() -> None:
+    assert evaluate_controlnet.overlap((0, 0, 2, 2), (0, 0, 2, 2)) == 1.0
+    assert evaluate_controlnet.overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert evaluate_controlnet.overlap((0, 0, 2, 2), (2, 2, 4, 4)) == 0.0
+
+
+def test_requests_with_an_outline_obey_it(served: Served) -> None:
+    for size in (64, 256):  # pixels of the outline's side; it is scaled
+        outline = Image.open(EMBEDDED_MODEL / "outline.png").resize((size, size))
+        outline.save(file := io.BytesIO(), "PNG")
+        answer = httpx.post(
+            f"{served.url}/v1/images/edits",
+            files={"control_image": ("outline.png", file.getvalue())},
+            data={"controlnet": "outlines", "prompt": "yellow on a purple background", "seed": "4"},
+            headers={"Accept": "image/png"},
+            timeout=SECONDS,
+        )
+        assert answer.status_code == 200, answer.text
+        seen = look(Image.open(io.BytesIO(answer.content)))
+        assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
+
+
+def test_it_is_listed(served: Served) -> None:
+    (model, *_) = httpx.get(f"{served.url}/v1/models", timeout=SECONDS).json()["data"]
+    (one,) = model["stepweave"]["components"]
+    assert (one["name"], one["field"], one["image"]) == ("outlines", "controlnet", "control_image")
+    assert "outline" in one["description"]
+
+
+@pytest.mark.full
+def test_outlines_are_obeyed_in_the_evaluation() -> None:
+    scenes = evaluate_controlnet.sample(200, seed=21)
+    plain = evaluate.load(EMBEDDED_MODEL)
+    without = evaluate_controlnet.generate(plain, scenes, controlled=False)
+    guided = evaluate_controlnet.with_controlnet(plain, FOLDER)
+    images = evaluate_controlnet.generate(guided, scenes, controlled=True)
+    assert evaluate_controlnet.score(images, scenes).both >= 85
+    assert evaluate_controlnet.score(without, scenes).both <= 40
+
+
+@pytest.mark.full
+def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
+    """Three steps: interrupted after two and started again, the weights equal those of one go."""
+
+    def train(work: str, steps: int) -> bytes:
+        target = tmp_path / f"{work}-controlnet"
+        command = [
+            sys.executable, "-m", "tools.shapes.train_controlnet", "--device", "cpu",
+            "--work", str(tmp_path / work), "--output", str(target), "--scenes", "32",
+            "--steps", str(steps),
+        ]  # fmt: skip
+        environment = clean_environment(OMP_NUM_THREADS="1")
+        subprocess.run(
+            command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=SECONDS
+        )
+        return (target / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    whole = train("whole", 3)
+    train("parts", 2)
+    assert train("parts", 3) == whole
