@@ -78,7 +78,7 @@ def test_the_readmes_clients_get_what_they_asked_for(
                 assert wrong_parts(image, PROMPT) == []
             else:  # with a LoRA, for which tests/model has a judge
                 assert json.loads(image.info["stepweave"])["lora"] == [
-                    {"name": "pastel", "scale": 1.0}
+                    {"name": "moon", "scale": 1.0}
                 ]
         made.unlink()
 
@@ -398,5 +398,6 @@ def test_steps_are_shared_and_the_certificates_are_shown(served: Served) -> None
         one["call"] for one in model["stepweave"]["certificates"] if one["state"] == "certified"
     ]
     expected = {"text_encoder", "text_encoder_2", "transformer", "vae.encode", "vae.decode"}
+    expected.add("controlnet.outlines")
     assert set(certified) == expected, model["stepweave"]["certificates"]
     assert metric(served.url, "stepweave_certificates", state="certified") == len(certified)
