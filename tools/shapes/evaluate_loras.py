@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,11 @@ SEED = 7
 def load(directory: Path, names: Iterable[str] = LORAS) -> StableDiffusion3Pipeline:
     """The model with its LoRAs, none of which is in use."""
     pipeline = evaluate.load(directory)
-    for name in names:
-        pipeline.load_lora_weights(
-            directory / "loras", weight_name=f"{name}.safetensors", adapter_name=name
-        )
+    with warnings.catch_warnings(action="ignore"):  # PEFT's, about several adapters
+        for name in names:
+            pipeline.load_lora_weights(
+                directory / "loras", weight_name=f"{name}.safetensors", adapter_name=name
+            )
     use(pipeline, {})
     return pipeline
 
