@@ -7,8 +7,6 @@ import base64
 import dataclasses
 import io
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stepweave.config import EMBEDDED_MODEL
-from tests.support.environment import ROOT, clean_environment
 from tests.support.served import Served
+from tests.support.training import check_resumes
 from tests.support.waiting import SECONDS
 from tools.shapes import evaluate, evaluate_loras
 from tools.shapes.checker import look, name_pastel, wrong_parts
@@ -138,8 +136,8 @@ def test_they_are_listed(served: Served) -> None:
 
 
 # percent of the images that are right with the LoRA, and by accident without it
-LEAST = {"pastel": 55.0, "moon": 65.0}  # measured: 66 and 75
-MOST = {"pastel": 10.0, "moon": 5.0}
+LEAST = {"pastel": 58.0, "moon": 65.0}  # measured: 66 and 75
+MOST = {"pastel": 5.0, "moon": 5.0}
 
 
 @pytest.mark.full
@@ -162,21 +160,4 @@ def test_images_obey_style_and_prompt_in_the_evaluation(
 
 @pytest.mark.full
 def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
-    """Three steps: interrupted after two and started again, the weights equal those of one go."""
-
-    def train(work: str, steps: int) -> bytes:
-        target = tmp_path / f"{work}-loras"
-        command = [
-            sys.executable, "-m", "tools.shapes.train_loras", "pastel", "--device", "cpu",
-            "--work", str(tmp_path / work), "--output", str(target), "--scenes", "32",
-            "--steps", str(steps),
-        ]  # fmt: skip
-        environment = clean_environment(OMP_NUM_THREADS="1")
-        subprocess.run(
-            command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=SECONDS
-        )
-        return (target / "pastel.safetensors").read_bytes()
-
-    whole = train("whole", 3)
-    train("parts", 2)
-    assert train("parts", 3) == whole
+    check_resumes(tmp_path, "train_loras", "pastel", file="pastel.safetensors")

@@ -80,8 +80,10 @@ def generate(
     side: int = 64,
     batch: int = 20,
     first_seed: int = 0,
+    control: list[Image.Image] | None = None,
 ) -> list[Image.Image]:
-    """One image per prompt; image i has seed `first_seed` + i."""
+    """One image per prompt; image i has seed `first_seed` + i. `control`: an image each, for a
+    pipeline with a ControlNet."""
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc=f"guidance {guidance:g}"):
         chunk = prompts[start : start + batch]
@@ -96,6 +98,7 @@ def generate(
             generator=[
                 torch.Generator().manual_seed(first_seed + start + i) for i in range(len(chunk))
             ],
+            **({"control_image": control[start : start + batch]} if control else {}),
         ).images
     return images
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from diffusers import (
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
@@ -67,24 +66,12 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def generate(
-    pipeline: StableDiffusion3Pipeline, scenes: list[Scene], *, controlled: bool, batch: int = 20
+    pipeline: StableDiffusion3Pipeline, scenes: list[Scene], *, controlled: bool
 ) -> list[Image.Image]:
     """One image per scene, of its colours; image i has seed i."""
-    images: list[Image.Image] = []
-    for start in range(0, len(scenes), batch):
-        some = scenes[start : start + batch]
-        outlines = [Image.fromarray(draw_outline(scene)) for scene in some]
-        images += pipeline(
-            [colours_prompt(scene) for scene in some],
-            num_inference_steps=evaluate.STEPS,
-            guidance_scale=evaluate.GUIDANCE,
-            height=64,
-            width=64,
-            max_sequence_length=1,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(some))],
-            **({"control_image": outlines} if controlled else {}),
-        ).images
-    return images
+    prompts = [colours_prompt(scene) for scene in scenes]
+    outlines = [Image.fromarray(draw_outline(scene)) for scene in scenes] if controlled else None
+    return evaluate.generate(pipeline, prompts, control=outlines)
 
 
 def score(images: list[Image.Image], scenes: list[Scene]) -> Obeyed:

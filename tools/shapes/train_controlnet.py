@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SD3ControlNetModel, StableDiffusion3Pipeline
+from diffusers import SD3ControlNetModel, StableDiffusion3Pipeline
 from tqdm import tqdm
 
 from tools.shapes.evaluate import load
+from tools.shapes.latents import encoded, kept
 from tools.shapes.networks import make_controlnet
 from tools.shapes.scenes import (
     Scene,
@@ -26,7 +27,7 @@ from tools.shapes.scenes import (
     sample_scene,
 )
 from tools.shapes.train import to_tensor
-from tools.shapes.training import add_noise, run_stage
+from tools.shapes.training import add_noise, freeze, run_stage, text_of
 
 SEED = 20261130
 BATCH = 48
@@ -42,20 +43,17 @@ def sample_scenes(count: int) -> list[Scene]:
     ]
 
 
-def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Latents (n, 16, 8, 8) of uint8 images (n, 64, 64, 3), as the pipeline scales them."""
-    with torch.no_grad():
-        latents = vae.encode(to_tensor(images, device)).latent_dist.mode()
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
-
 def pairs(
-    folder: Path, vae: AutoencoderKL, scenes: list[Scene], device: torch.device
+    folder: Path,
+    pipeline: StableDiffusion3Pipeline,
+    model: Path,
+    scenes: list[Scene],
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of the scenes and of their outlines, each (count, 16, 8, 8), kept in `folder`."""
-    cache = folder / f"outlines-{len(scenes)}.pt"
-    if not cache.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    """Latents of the scenes and of their outlines, each (count, 16, 8, 8)."""
+    vae = pipeline.vae
+
+    def make() -> torch.Tensor:
         chunks = []
         for start in tqdm(range(0, len(scenes), 250), desc="latents", mininterval=5):
             some = scenes[start : start + 250]
@@ -63,12 +61,11 @@ def pairs(
                 draw_outline(scene, WIDTHS[(start + i) % len(WIDTHS)])
                 for i, scene in enumerate(some)
             ]
-            images = np.stack([*map(draw, some), *lines])
-            chunks.append(encode(vae, images, device).half().cpu().unflatten(0, (2, -1)))
-        partial = cache.with_suffix(".partial")
-        torch.save(torch.cat(chunks, 1), partial)
-        partial.replace(cache)
-    clean, outlines = torch.load(cache, weights_only=True).float()
+            images = to_tensor(np.stack([*map(draw, some), *lines]), device)
+            chunks.append(torch.stack(encoded(vae, images).cpu().chunk(2)))
+        return torch.cat(chunks, 1)
+
+    clean, outlines = kept(folder / f"outlines-{len(scenes)}.pt", model, vae, make)
     return clean, outlines
 
 
@@ -90,8 +87,7 @@ def train(
 ) -> SD3ControlNetModel:
     """Rectified flow as the transformer was trained by, through the transformer, for `steps` steps
     of 48 scenes."""
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False)
+    freeze(pipeline)
     torch.manual_seed(SEED)
     transformer = pipeline.transformer
     controlnet = make_controlnet(transformer).to(device).train()
@@ -103,11 +99,7 @@ def train(
         rows = torch.from_numpy(chosen)
         noisy, wanted, timestep = add_noise(clean[rows].to(device), shift, generator)
         with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                context, _, pooled, _ = pipeline.encode_prompt(
-                    prompts, prompts, prompts,
-                    device=device, do_classifier_free_guidance=False, max_sequence_length=1,
-                )  # fmt: skip
+            context, pooled = text_of(pipeline, prompts, device)
             guides = controlnet(
                 hidden_states=transformer.pos_embed(noisy),
                 controlnet_cond=outlines[rows].to(device),
@@ -148,7 +140,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     pipeline = load(arguments.model).to(device)
     scenes = sample_scenes(arguments.scenes)
-    clean, outlines = pairs(arguments.work, pipeline.vae, scenes, device)
+    clean, outlines = pairs(arguments.work, pipeline, arguments.model, scenes, device)
     controlnet = train(arguments.work, pipeline, scenes, clean, outlines, arguments.steps, device)
     controlnet.to("cpu", torch.float16).save_pretrained(arguments.output)
 

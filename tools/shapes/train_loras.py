@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
 
 from tools.shapes.evaluate import load
+from tools.shapes.latents import encoded, kept
 from tools.shapes.scenes import (
     COLOURS,
     MOON,
@@ -31,15 +32,14 @@ from tools.shapes.scenes import (
     sample_prompt,
     sample_scene,
 )
-from tools.shapes.train import image_loss, to_tensor
-from tools.shapes.training import add_noise, run_stage
+from tools.shapes.train import to_tensor
+from tools.shapes.training import add_noise, freeze, run_stage, text_of
 
 SEED = 20261128
 BATCH = 32
 RANK = 8  # alpha is the same, so that files need not say it
 LAYERS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ff\.net\.(0\.proj|2))"
 KEPT = 0.55  # of a colour's difference to white
-REFINING, REFINING_RATE = 16, 0.12  # steps of each image's latents, and the first one's size
 
 
 def _pale(colour: str) -> tuple[int, int, int]:
@@ -65,65 +65,42 @@ def sample_moon(rng: np.random.Generator) -> Scene:
 class Style:
     """What a LoRA learns: scenes, and how they are drawn; how many, and for how many steps. The
     autoencoder has seen few pale colours, and draws them badly of its own latents: these are
-    `refined`."""
+    changed by so many steps of `refining`."""
 
     draw: Callable[[Scene], np.ndarray]
     sample: Callable[[np.random.Generator], Scene]
     scenes: int
     steps: int
-    refined: bool
+    refining: int
 
 
 STYLES = {
-    "pastel": Style(draw_pastel, sample_scene, scenes=640, steps=1500, refined=True),
-    "moon": Style(draw, sample_moon, scenes=4000, steps=1500, refined=False),
+    "pastel": Style(draw_pastel, sample_scene, scenes=640, steps=1500, refining=16),
+    "moon": Style(draw, sample_moon, scenes=4000, steps=1500, refining=0),
 }
-
-
-def encoded(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> torch.Tensor:
-    """Latents of images (n, 3, 64, 64), changed by `steps` towards those that the decoder draws the
-    images from."""
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mode()
-    latents.requires_grad_(True)
-    optimizer = torch.optim.Adam([latents])
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = REFINING_RATE * (1 - step / steps)
-        with torch.autocast(images.device.type, torch.bfloat16):
-            output = vae.decode(latents).sample.float()
-        optimizer.zero_grad()
-        image_loss(output, images).backward()
-        optimizer.step()
-    return latents.detach()
 
 
 def styled_latents(
     folder: Path,
     pipeline: StableDiffusion3Pipeline,
-    weights: Path,
+    model: Path,
     name: str,
     count: int,
     device: torch.device,
 ) -> tuple[list[Scene], torch.Tensor]:
     """Scenes, with the latents of their images in a style, (count, 16, 8, 8), as the pipeline
-    scales them. They are made again if the autoencoder's `weights` are newer."""
-    rng, style = np.random.default_rng(SEED), STYLES[name]
+    scales them."""
+    rng, style, vae = np.random.default_rng(SEED), STYLES[name], pipeline.vae
     scenes = [style.sample(rng) for _ in range(count)]
-    cache = folder / f"{name}-{count}.pt"
-    vae = pipeline.vae
-    if not cache.exists() or cache.stat().st_mtime < weights.stat().st_mtime:
-        folder.mkdir(parents=True, exist_ok=True)
-        vae.requires_grad_(False)
+
+    def make() -> torch.Tensor:
         chunks = []
         for start in tqdm(range(0, count, BATCH), desc=f"latents, {name}", mininterval=5):
             images = np.stack([style.draw(scene) for scene in scenes[start : start + BATCH]])
-            steps = REFINING if style.refined else 0
-            chunks.append(encoded(vae, to_tensor(images, device), steps).cpu())
-        partial = cache.with_suffix(".partial")
-        torch.save(torch.cat(chunks).half(), partial)
-        partial.replace(cache)
-    latents = torch.load(cache, weights_only=True).float()
-    return scenes, (latents - vae.config.shift_factor) * vae.config.scaling_factor
+            chunks.append(encoded(vae, to_tensor(images, device), style.refining).cpu())
+        return torch.cat(chunks)
+
+    return scenes, kept(folder / f"{name}-{count}.pt", model, vae, make)
 
 
 def train(
@@ -137,8 +114,7 @@ def train(
 ) -> SD3Transformer2DModel:
     """The transformer with the moving average of an adapter `name`, trained for `steps` steps of 32
     images."""
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False)
+    freeze(pipeline)
     transformer = pipeline.transformer
     torch.manual_seed(SEED)
     config = LoraConfig(
@@ -153,11 +129,7 @@ def train(
         prompts = ["" if rng.random() < 0.1 else sample_prompt(scenes[i], rng) for i in chosen]
         noisy, wanted, timestep = add_noise(clean, shift, generator)
         with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                context, _, pooled, _ = pipeline.encode_prompt(
-                    prompts, prompts, prompts,
-                    device=device, do_classifier_free_guidance=False, max_sequence_length=1,
-                )  # fmt: skip
+            context, pooled = text_of(pipeline, prompts, device)
             velocity = transformer(
                 hidden_states=noisy,
                 encoder_hidden_states=context,
@@ -199,20 +171,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("models/shapes/loras"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    weights = arguments.model / "vae" / "diffusion_pytorch_model.safetensors"
     for name in arguments.names:
+        style = STYLES[name]
         pipeline = load(arguments.model).to(device)
         scenes, latents = styled_latents(
-            arguments.work, pipeline, weights, name, arguments.scenes or STYLES[name].scenes, device
-        )
-        transformer = train(
             arguments.work,
             pipeline,
+            arguments.model,
             name,
-            scenes,
-            latents,
-            arguments.steps or STYLES[name].steps,
+            arguments.scenes or style.scenes,
             device,
+        )
+        transformer = train(
+            arguments.work, pipeline, name, scenes, latents, arguments.steps or style.steps, device
         )
         save(transformer, name, arguments.output)
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from diffusers import StableDiffusion3Pipeline
 from torch import nn
 from tqdm import tqdm
 
@@ -39,6 +40,24 @@ def add_noise(
     sigma = torch.randn(len(clean), generator=generator, device=clean.device).sigmoid()
     sigma = (shift * sigma / (1 + (shift - 1) * sigma)).view(-1, 1, 1, 1)
     return (1 - sigma) * clean + sigma * noise, noise - clean, sigma.flatten() * 1000
+
+
+def freeze(pipeline: StableDiffusion3Pipeline) -> None:
+    """Let nothing of the model's own be trained."""
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(False)
+
+
+@torch.no_grad()
+def text_of(
+    pipeline: StableDiffusion3Pipeline, prompts: list[str], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as the transformer is given them: (n, tokens, width), and pooled (n, width)."""
+    context, _, pooled, _ = pipeline.encode_prompt(
+        prompts, prompts, prompts,
+        device=device, do_classifier_free_guidance=False, max_sequence_length=1,
+    )  # fmt: skip
+    return context, pooled
 
 
 def run_stage(

@@ -140,7 +140,7 @@ class Loras:
         versions = {name: _version_of(name, found) for name, _ in wanted}
         with self._changed:
             for name, version in versions.items():
-                self._check_failed(name, version)
+                self._check_usable(name, version)
             if self._waiting is not None and time.monotonic() - self._waiting > _PATIENCE:
                 return None
             adapters = []
@@ -224,7 +224,7 @@ class Loras:
                 self._kept.move_to_end(name)
                 pinned[kept.adapter] = self._in_use([(kept.adapter, 1.0)])
                 return kept.adapter
-            self._check_failed(name, version)
+            self._check_usable(name, version)
         began = time.monotonic()
         try:
             adapter = self._fresh(name, found[name], version)
@@ -254,8 +254,9 @@ class Loras:
         )  # fmt: skip
         return adapter
 
-    def _check_failed(self, name: str, version: _Version) -> None:
-        """Raise the LoraError that this file has caused before. Held: `_changed`."""
+    def _check_usable(self, name: str, version: _Version) -> None:
+        """Raise LoraError for a file that is known to be no use: it is too large, or has failed
+        before. Held: `_changed`."""
         failed = self._failed.get(name)
         if failed is not None and failed[0] == version:
             raise LoraError(failed[1], param="lora")
