@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,7 +216,7 @@ class Good:
         """Assert that an adapter is refused, twice, and that `good` is right all the same."""
         for _ in range(2):
             with pytest.raises(LoraError, match=f"'{name}' cannot be used: .*{reason}") as error:
-                self.engine.submit(**request(SD3.build, 1), lora=[(name, 1.0)])
+                self.run(name)
             message = str(error.value)
             assert "\n" not in message
             assert str(self.folder.parent) not in message
@@ -461,6 +463,26 @@ def test_fused_projections_are_refused(tmp_path: Path) -> None:
     pipeline.transformer.fuse_qkv_projections()
     with pytest.raises(LoadError, match="transformer has fused projections"):
         Loras(pipeline, tmp_path)
+
+
+def test_modules_that_other_threads_make_meanwhile_have_weights(tmp_path: Path) -> None:
+    """PEFT's own way of making layers without weights is for all threads of the process."""
+    save_lora(tmp_path / "one.safetensors", SD3.build, {"transformer": ("to_q", "to_v")})
+    pipeline, made, done = SD3.build(), [], threading.Event()
+
+    def make() -> None:
+        while not done.is_set():
+            made.append(torch.nn.Linear(2, 2).weight.device.type)
+
+    with ThreadPoolExecutor(1) as threads:
+        making = threads.submit(make)
+        try:
+            for _ in range(3):
+                Loras(pipeline, tmp_path).load("one")
+        finally:
+            done.set()
+        making.result()
+    assert set(made) == {"cpu"}
 
 
 def test_the_pipeline_stays_as_it_is(good: Good) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import logging
 import math
@@ -46,7 +47,8 @@ _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # that diffusers' loaders leave something out
 _IGNORED = re.compile(r"(unexpected|missing|unsupported) keys|not compatible in", re.IGNORECASE)
 
-# PEFT creates its layers while it replaces a method of torch's modules for all threads
+# whose function is replaced while an adapter is loaded
+_peft: Any = importlib.import_module("peft.tuners.tuners_utils")
 _loading = threading.Lock()
 
 
@@ -168,13 +170,25 @@ def _check_layers(file: Path, bare: Any) -> None:
 def _load(file: Path, bare: Any) -> None:
     """Load an adapter into a bare pipeline. Raises LoadError for one of which diffusers would leave
     something out."""
-    with _loading, _messages() as messages:
+    with _loading, _on_this_thread_alone(), _messages() as messages:
         bare.load_lora_weights(
             str(file.parent), weight_name=file.name, adapter_name=ADAPTER,
             use_safetensors=True, local_files_only=True,
         )  # fmt: skip
     if messages:
         raise LoadError(f"{file.name} does not fit this model: {reason_of(messages[0])}")
+
+
+@contextlib.contextmanager
+def _on_this_thread_alone() -> Iterator[None]:
+    """Have PEFT make its layers without weights on this thread alone. Its own function replaces a
+    method of all modules, and those that other threads make meanwhile would have no weights."""
+    own = _peft.init_empty_weights
+    _peft.init_empty_weights = lambda: torch.device("meta")
+    try:
+        yield
+    finally:
+        _peft.init_empty_weights = own
 
 
 def _checked_keys(file: Path) -> Collection[str]:

@@ -266,7 +266,7 @@ def functions_of(kind: type[Any]) -> Iterator[types.FunctionType]:
         bases = [cls for cls in kind.__mro__ if _is_pipeline(cls)]
         places = {cls: vars(cls) for cls in bases}
     for members in places.values():
-        for member in members.values():
+        for member in list(members.values()):  # other threads may add some
             function = member.__func__ if isinstance(member, staticmethod) else member
             if inspect.isfunction(function):
                 yield function
@@ -276,7 +276,7 @@ def _own_functions(module: str) -> Mapping[str, Any]:
     members = vars(sys.modules[module]) if module.startswith("diffusers.") else {}
     return {
         name: value
-        for name, value in members.items()
+        for name, value in list(members.items())
         if inspect.isfunction(value) and inspect.unwrap(value).__module__ == module
     }
 

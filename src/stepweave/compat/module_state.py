@@ -290,7 +290,7 @@ class ModuleState:
     def _read_class(self, cls: type) -> None:
         self._owner = id(cls)
         self._owners.add(self._owner)
-        for key, value in vars(cls).items():
+        for key, value in list(vars(cls).items()):
             if key.startswith("__"):
                 continue
             function = getattr(value, "__func__", value)
