@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
@@ -39,6 +39,11 @@ class LoraChoice(BaseModel):
 
     name: str = Field(min_length=1, max_length=MAX_LORA_NAME)
     scale: float = Field(1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)
+
+
+def applied(lora: Sequence[tuple[str, float]]) -> int:
+    """How many of these LoRAs are applied: those with a scale other than 0."""
+    return sum(1 for _, scale in lora if scale)
 
 
 def lora_text(values: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from stepweave import Loras, StepEngine
 from stepweave.adapters import loras as module
 from stepweave.errors import (
-    EngineClosedError,
+    DeadlineExceededError,
     LoraError,
     LoraNotFoundError,
     OutOfMemoryError,
@@ -82,6 +82,12 @@ def submit(engine: StepEngine, *names: str, **options: Any) -> Any:
     return engine.submit(**request(), lora=[(name, 1.0) for name in names], **options)
 
 
+def loaded(job: Any) -> Any:
+    """The job, once its adapters are in memory."""
+    until(lambda: not job.loading)
+    return job
+
+
 def until(happened: Callable[[], Any]) -> None:
     for _ in range(100 * SECONDS):
         if happened():
@@ -121,13 +127,13 @@ def test_jobs_keep_the_weights_of_a_file_that_is_replaced(
     with StepEngine(pipeline, loras=loras) as engine:
         gate = Gate()
         right(submit(engine, "one"), expected[0])
-        old = submit(engine, "one", observer=gate)
+        old = loaded(submit(engine, "one", observer=gate))
         change(file, contents[1])
-        new = submit(engine, "one")
+        new = loaded(submit(engine, "one"))
         change(file, contents[2])
-        newest = submit(engine, "one")
+        newest = loaded(submit(engine, "one"))
         change(file, contents[0])
-        again = submit(engine, "one")
+        again = loaded(submit(engine, "one"))
         gate.open()
         for job, wanted in ((old, 0), (new, 1), (newest, 2), (again, 0)):
             right(job, expected[wanted])
@@ -144,13 +150,16 @@ def test_a_file_that_is_cut_off_while_it_is_used_harms_nobody(
     pipeline = SD3.build()
     with StepEngine(pipeline, loras=Loras(pipeline, tmp_path)) as engine:
         gate = Gate()
-        old = submit(engine, "one", observer=gate)
+        old = loaded(submit(engine, "one", observer=gate))
         os.truncate(file, 100)
         with pytest.raises(
             LoraError, match="'one' cannot be used: one.safetensors: damaged or cut"
         ):
-            submit(engine, "one")
-        gate.open()
+            try:
+                loaded(submit(engine, "one"))
+                submit(engine, "one")  # which is known to be no use by now
+            finally:
+                gate.open()
         right(old, expected[0])
         file.write_bytes(contents[1])
         right(submit(engine, "one"), expected[1])
@@ -179,7 +188,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_used(
             mock.patch.object(module, "read_lora", changing),
             pytest.raises(LoraError, match="has changed while it was read; try again"),
         ):
-            submit(engine, "one")
+            submit(engine, "one").result(SECONDS)
         right(submit(engine, "one"), expected[1])
 
 
@@ -222,7 +231,7 @@ def test_an_adapter_is_removed_and_loaded_again_while_jobs_use_it(
     loras = Loras(pipeline, tmp_path)
     with StepEngine(pipeline, loras=loras) as engine:
         gates = [Gate(), Gate()]
-        first = submit(engine, "one", observer=gates[0])
+        first = loaded(submit(engine, "one", observer=gates[0]))
         bytes = loras.stats().bytes
         loras.remove("one")
         assert loras.names() == []
@@ -308,7 +317,7 @@ def test_the_least_recently_used_leaves_but_none_in_use(
     loras = Loras(pipeline, folder, max_bytes=max_bytes)
     with StepEngine(pipeline, loras=loras) as engine:
         gate = Gate()
-        held = submit(engine, "number0", observer=gate)
+        held = loaded(submit(engine, "number0", observer=gate))
         loras.load("number1")
         loras.load("number2")
         loras.load("number1")
@@ -334,7 +343,7 @@ def test_what_never_fits_into_memory_is_refused_by_name(
     loras = Loras(pipeline, folder, max_bytes=max_bytes)
     with StepEngine(pipeline, loras=loras) as engine:
         with pytest.raises(LoraError, match="The LoRAs .*number3.* bytes together; the limit is"):
-            submit(engine, "number0", "number1", "number2", "number3")
+            submit(engine, "number0", "number1", "number2", "number3").result(SECONDS)
         right(submit(engine, "number1"), expected[1])
         submit(engine, "number3", "number2", "number1").result(SECONDS)
 
@@ -347,7 +356,7 @@ def test_what_is_in_use_is_at_hand_while_another_waits_and_who_gives_up_waits_no
     loras = Loras(pipeline, folder, max_bytes=max_bytes)
     with StepEngine(pipeline, loras=loras) as engine, ThreadPoolExecutor(1) as threads:
         gate, left = Gate(), threading.Event()
-        jobs = [submit(engine, f"number{i}", observer=gate) for i in range(3)]
+        jobs = [loaded(submit(engine, f"number{i}", observer=gate)) for i in range(3)]
         try:
             waiting = threads.submit(loras.choose, [("number3", 1.0)], left.is_set)
             until(lambda: loras._waiting)
@@ -374,22 +383,23 @@ def test_who_waits_for_memory_goes_on_when_jobs_end_or_are_cancelled(
     folder, max_bytes = three
     pipeline = SD3.build()
     loras = Loras(pipeline, folder, max_bytes=max_bytes)
-    with StepEngine(pipeline, loras=loras) as engine, ThreadPoolExecutor(2) as threads:
+    with StepEngine(pipeline, loras=loras) as engine:
         for end in ("ends", "is cancelled"):
             gate = Gate()
-            jobs = [submit(engine, f"number{i}", observer=gate) for i in range(3)]
+            jobs = [loaded(submit(engine, f"number{i}", observer=gate)) for i in range(3)]
             try:
-                waiting = [threads.submit(submit, engine, "number3")]
+                waiting = [submit(engine, "number3")]
                 until(lambda: loras._waiting)
-                waiting.append(threads.submit(submit, engine, "number1"))
+                waiting.append(submit(engine, "number1"))
                 if end == "is cancelled":
                     for job in jobs:
                         job.cancel()
-                assert not any(future.done() for future in waiting)
+                assert all(job.loading and not job.done() for job in waiting)
+                assert engine.waiting >= 2
             finally:
                 gate.open()
-            right(waiting[0].result(SECONDS), expected[0])
-            right(waiting[1].result(SECONDS), expected[1])
+            right(waiting[0], expected[0])
+            right(waiting[1], expected[1])
             for job, wanted in zip(jobs, expected, strict=True):
                 if end == "ends":
                     right(job, wanted)
@@ -404,17 +414,18 @@ def test_an_engine_that_closes_ends_the_wait_for_memory(three: tuple[Path, int])
     loras = Loras(pipeline, folder, max_bytes=max_bytes)
     engine = StepEngine(pipeline, loras=loras)
     gate = Gate()
-    jobs = [submit(engine, f"number{i}", observer=gate) for i in range(3)]
-    with ThreadPoolExecutor(2) as threads:
-        waiting = threads.submit(submit, engine, "number3")
+    jobs = [loaded(submit(engine, f"number{i}", observer=gate)) for i in range(3)]
+    waiting = submit(engine, "number3")
+    with ThreadPoolExecutor(1) as threads:
         try:
             until(lambda: loras._waiting)
             closing = threads.submit(engine.close)
         finally:
             gate.open()
         closing.result(SECONDS)
-        assert isinstance(waiting.exception(SECONDS), EngineClosedError)
+    assert isinstance(waiting.exception(SECONDS), RequestCancelledError)
     assert all(job.done() for job in jobs)
+    until(lambda: loras._waiting is None)
 
 
 @pytest.mark.full
@@ -425,18 +436,28 @@ def test_an_engines_own_thread_does_not_wait_for_its_jobs(
     pipeline = SD3.build()
     loras = Loras(pipeline, folder, max_bytes=max_bytes)
     errors: list[BaseException] = []
+    later: list[Any] = []
 
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        try:
-            submit(engine, "number3")
-        except LoraError as error:
-            errors.append(error)
+        for _ in range(2):
+            try:
+                loras.load("number3")
+            except LoraError as error:
+                errors.append(error)
+            if not later:
+                later.append(submit(engine, "number3"))
+                until(lambda: loras._waiting)
         return tensors
 
     with StepEngine(pipeline, loras=loras) as engine:
         names = [(f"number{i}", 0.0 if i else 1.0) for i in range(3)]
         right(engine.submit(**request(callback_on_step_end=callback), lora=names), expected[0])
+        for job in later:
+            right(job, expected[0])
     assert "All memory for LoRAs is in use by jobs that wait for this thread" in str(errors[0])
+    assert "Another LoRA is read, perhaps until jobs end that wait for this thread" in str(
+        errors[1]
+    )
 
 
 @pytest.mark.full
@@ -493,19 +514,55 @@ def test_others_run_on_while_an_adapter_is_read(
         return read(file, name, *args, **kwargs)
 
     read = module.read_lora
-    with StepEngine(pipeline, loras=loras) as engine, ThreadPoolExecutor(2) as threads:
+    with StepEngine(pipeline, loras=loras) as engine:
         loras.load("number0")
         with mock.patch.object(module, "read_lora", slow):
-            late = threads.submit(submit, engine, "number1")
+            late = submit(engine, "number1")
             try:
                 assert reading.wait(SECONDS)
                 right(submit(engine, "number0"), expected[0])
                 submit(engine).result(SECONDS)
+                assert late.loading
                 assert not late.done()
             finally:
                 go_on.set()
-            right(late.result(SECONDS), expected[1])
+            right(late, expected[1])
     assert not any("engine" in name for name in threads_of_reading)
+
+
+@pytest.mark.parametrize("mode", ["step", "threads"])
+def test_a_job_ends_though_its_adapter_is_still_read(mode: Any, three: tuple[Path, int]) -> None:
+    folder, _ = three
+    pipeline = SD3.build()
+    loras = Loras(pipeline, folder)
+    go_on, read = threading.Event(), []
+
+    def slow(file: Path, name: str, *args: Any, **kwargs: Any) -> Any:
+        read.append(name)
+        assert go_on.wait(SECONDS)
+        return actual(file, name, *args, **kwargs)
+
+    actual = module.read_lora
+    with StepEngine(pipeline, mode, loras=loras) as engine:
+        try:
+            with mock.patch.object(module, "read_lora", slow):
+                cancelled = submit(engine, "number0")
+                until(lambda: read)
+                skipped = submit(engine, "number1")
+                late = submit(engine, "number2", deadline=0.05)
+                assert cancelled.loading and late.loading and engine.waiting >= 2
+                assert engine.stalled() == 0.0, "it waits for no forward"
+                cancelled.cancel()
+                skipped.cancel()
+                assert isinstance(cancelled.exception(SECONDS), RequestCancelledError)
+                assert isinstance(late.exception(SECONDS), DeadlineExceededError)
+                submit(engine).result(SECONDS)
+                assert engine.waiting == 0
+                go_on.set()
+                loras.load("number0")
+        finally:
+            go_on.set()
+        assert set(read) == {"number0"}, "nothing is read for jobs that have ended"
 
 
 @pytest.mark.full

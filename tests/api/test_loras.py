@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepweave.adapters import loras
 from stepweave.config.loras import LoraPlaces
 from tests.support.asgi import App, Exchange, serving
 from tests.support.loras import plain, save_lora, shapes
@@ -28,6 +30,7 @@ PROMPT, SEED, STEPS = "a red circle", 1, 4
 BODY = {"prompt": PROMPT, "seed": SEED, "num_inference_steps": STEPS, "guidance_scale": 2.0}
 BOTH = [{"name": "rings", "scale": 0.5}, {"name": "chalk", "scale": 0.7}]
 EFFECT = 3  # levels of a pixel
+SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +257,42 @@ async def test_only_an_administrators_key_loads_and_removes(
         assert await ask() == 200
         for name in ("ring", "../keys", str(files["rings"]), "rings.safetensors"):
             assert (await load(name, admin)).status == 404
+
+
+async def test_who_does_not_wait_is_answered_before_a_lora_is_read(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        assert go_on.wait(SECONDS)
+        return read(*args, **kwargs)
+
+    read = loras.read_lora
+    monkeypatch.setattr(loras, "read_lora", slow)
+    body = {**BODY, "lora": "rings"}
+    async with server(files["rings"].parent) as app:
+        try:
+            assert (await app.post(**BODY).done()).status == 200
+            late = await app.post(**{**body, "deadline_ms": 3000}).done()
+            assert (late.status, late.error["code"]) == (504, "deadline_exceeded"), late.content
+            assert "LoRAs were not in memory yet" in late.error["message"]
+            assert app.metric("stepweave_deadline_missed_total") == 1
+            queued = await app.post(headers={"Prefer": "respond-async"}, **body).done()
+            assert queued.status == 202, queued.content
+            job = queued.json()
+            assert (job["state"], job["position"]) == ("queued", 1)
+            stream = app.post(stream=True, **body)
+            assert (await stream.until(lambda exchange: exchange.messages)).status == 200
+            keyed = app.post(headers={"Idempotency-Key": "one"}, **body)
+            await app.until(lambda: len(app.server.active) == 3)
+            await keyed.leave()
+            await app.until(lambda: len(app.server.active) == 2)
+        finally:
+            go_on.set()
+        assert (await stream.done()).status == 200
+        done = await app.until_state(job["id"], "succeeded", "failed")
+        assert done["state"] == "succeeded", done
 
 
 async def test_without_keys_none_is_loaded_or_removed(files: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,12 @@ class Source:
             for seed, (name, layer) in enumerate(module.named_children())
         }
 
-    def choose(self, lora: Sequence[tuple[str, float]]) -> Chosen:
-        return Chosen([(self._made[name], scale) for name, scale in lora])
+    def choose_later(
+        self, lora: Sequence[tuple[str, float]], given_up: Callable[[], bool]
+    ) -> Future[Chosen]:
+        chosen: Future[Chosen] = Future()
+        chosen.set_result(Chosen([(self._made[name], scale) for name, scale in lora]))
+        return chosen
 
 
 class Denoiser(nn.Module):

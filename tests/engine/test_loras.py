@@ -187,6 +187,31 @@ def test_what_a_job_cannot_name_is_told_at_once(engine: StepEngine) -> None:
         engine.submit(**request(1), lora=[(f"{i}", 1.0) for i in range(9)])
 
 
+def test_adapters_have_their_price(files: dict[str, Path]) -> None:
+    pipeline = shapes()
+    with StepEngine(pipeline, loras=Loras(pipeline, files=files)) as engine:
+        named: list[Named] = [
+            [],
+            [("rings", 1.0)],
+            [("rings", 1.0), ("chalk", 0.5)],
+            [("rings", 0.0)],
+        ]
+        for lora in named:
+            engine.submit(**request(1), lora=lora).result(SECONDS)
+        keys = [key for key in engine.curves() if key.module == "transformer"]
+        assert sorted(key.adapters for key in keys) == [0, 1, 2]
+        others = {key.adapters for key in engine.curves() if key.module.startswith("vae")}
+        assert others == {0}
+        [dear] = [key for key in keys if key.adapters == 2]
+        for _ in range(9):
+            engine._planner.cost.observe(dear, 1, 100.0)
+        alone = [engine.alone(**request(1), lora=lora) for lora in named]
+        assert [bool(seconds and seconds > 100) for seconds in alone] == [False, False, True, False]
+        told = engine.estimate(**request(1), lora=named[2])
+        assert told is not None
+        assert told.finish > 100
+
+
 def test_an_engine_without_adapters_says_how_to_have_them() -> None:
     with StepEngine(shapes()) as engine, pytest.raises(EngineMisuseError, match="loras="):
         engine.submit(**request(1), lora=[("rings", 1.0)])

@@ -22,6 +22,7 @@ from stepweave.errors import OutOfMemoryError, RequestCancelledError
 from stepweave.memory import row_limits
 from stepweave.memory.device import CudaMemory, UnknownMemory
 from stepweave.memory.row_limits import RowLimits
+from stepweave.scheduling.task import Key
 from tests.support import tiny
 from tests.support.describing import Describing
 from tests.support.toy import (
@@ -593,6 +594,19 @@ def test_what_a_row_takes_is_known_better_the_more_rows_were_measured() -> None:
     measure(2, 900)  # of a size that is known
     assert room.limit("kind", 64) == 16
     assert room.limit("other", 64) == 64
+
+
+def test_rows_with_adapters_take_more() -> None:
+    budget = Budget(1000)
+    room = RowLimits(budget)
+    plain, adapted = Key("transformer", 64), Key("transformer", 64, adapters=1)
+    for key, size in ((plain, 800), (adapted, 1000)):
+        with room.measured("kind", 8, key):
+            budget.take(size)
+    assert (room.limit("kind", 64), room.limit("kind", 64, 1)) == (10, 8)
+    assert room.limit("kind", 64, 2) == 8, "no more than with fewer"
+    assert (room.fits(plain, 10), room.fits(adapted, 10)) == (True, False)
+    assert not room.fits(adapted._replace(adapters=2), 10)
 
 
 def test_a_first_forward_that_tries_out_kernels_does_not_count_for_good() -> None:

@@ -157,6 +157,30 @@ def test_a_module_that_never_ran_costs_nothing_and_is_not_held_back() -> None:
     assert model.known(Key("transformer", 1))
 
 
+def test_forwards_with_adapters_have_a_price_of_their_own() -> None:
+    adapted, twice = KEY._replace(adapters=1), KEY._replace(adapters=2)
+    model = learnt({1: 1.0, 2: 1.5, 4: 2.5, 8: 4.5})
+    assert model.seconds(adapted, 4) == model.seconds(KEY, 4), "until one has run"
+    for _ in range(3):
+        model.observe(adapted, 2, 1.8)
+    assert model.seconds(KEY, 2) == pytest.approx(1.5)
+    for rows, seconds in ((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5)):
+        assert model.seconds(adapted, rows) == pytest.approx(1.2 * seconds)
+        assert model.seconds(twice, rows) == model.seconds(adapted, rows), "the nearest number"
+    assert model.seconds(adapted._replace(size=128), 4) == pytest.approx(1.2 * 4.5)
+    assert model.alone([Load(KEY, 1), Load(adapted, 1, 2)]) == pytest.approx(3.4)
+
+
+def test_rows_that_pay_are_not_tried_again_with_adapters() -> None:
+    curve = {1: 1.0, 2: 1.02, 4: 1.05, 8: 2.1, 16: 4.2}
+    model, adapted = learnt(curve), KEY._replace(adapters=1)
+    knee = model.knee(KEY, 64)
+    assert knee == 4
+    assert model.knee(adapted, 64) == knee, "before one has run"
+    model.observe(adapted, 1, 1.1)
+    assert model.knee(adapted, 64) == knee
+
+
 def test_the_knee_on_the_published_curve() -> None:
     model = CostModel.of(QWEN)
     assert (model.knee(SMALL, 16), model.knee(LARGE, 3)) == (8, 1)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.policies import aged, keyed_fifo
-from stepweave.planning.cost import CostModel
+from stepweave.planning.cost import CostModel, PriceList
 from stepweave.planning.forecast import Order, forecast
 from stepweave.scheduling.policy import Policy, srpt
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
@@ -248,6 +248,17 @@ def test_modules_of_a_step_are_shared_one_after_another() -> None:
     assert forecast(tasks, 0.0, COST, lambda demand: 4) == pytest.approx(
         [3 * (0.2 + 2 * COST.seconds(B, 2))] * 2
     )
+
+
+def test_jobs_with_adapters_share_steps_with_others_at_the_dearer_price() -> None:
+    adapted = A._replace(adapters=1)
+    cost = CostModel.of({A: {1: 1.0, 2: 1.5}, adapted: {1: 1.2, 2: 1.8}})
+    tasks = [Task(Demand(10, step=(Load(key, 1),))) for key in (A, adapted)]
+    for one in tasks:
+        one.price(PriceList(cost))
+    assert [one.solo for one in tasks] == pytest.approx([10.0, 12.0])
+    assert tasks[0].demand.kind == tasks[1].demand.kind
+    assert forecast(tasks, 0.0, cost, lambda demand: 2) == pytest.approx([18.0, 18.0])
 
 
 def test_jobs_of_other_kinds_share_nothing() -> None:

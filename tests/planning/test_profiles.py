@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +94,34 @@ def test_jobs_of_its_kind_tell_before_those_of_the_same_size() -> None:
 
 def test_if_none_of_its_kind_ran_another_kind_tells() -> None:
     assert learnt(64).expect(shape(64, kind="image"), 20) == demand(64)
+
+
+def test_adapters_are_told_by_jobs_that_have_none_and_the_other_way_round() -> None:
+    def adapted(number: int, side: int = 64) -> Demand:
+        of = demand(side)
+        [load] = of.step
+        return replace(of, step=(load._replace(key=load.key._replace(adapters=number)),))
+
+    profiles = learnt(64)
+    one = shape(64)._replace(adapters=1)
+    assert profiles.expect(one, 20) == adapted(1)
+    profiles.learn(one, adapted(1))
+    assert profiles.expect(shape(64), 20) == demand(64)
+    assert profiles.expect(shape(64)._replace(adapters=3), 20) == adapted(3)
+    assert profiles.expect(shape(128)._replace(adapters=1), 20) == adapted(1, 128)
+    only = Profiles()
+    only.learn(one, adapted(1))
+    assert only.expect(shape(64), 20) == demand(64)
+
+
+def test_modules_that_a_lora_is_not_for_stay_without() -> None:
+    beside = Load(Key("controlnet", 64), 1)
+    profiles, first = Profiles(), demand(64)
+    [load] = first.step
+    seen = replace(first, step=(load._replace(key=load.key._replace(adapters=1)), beside))
+    profiles.learn(shape(64)._replace(adapters=1), seen)
+    step = profiles.expect(shape(64)._replace(adapters=2), 20).step
+    assert [one.key.adapters for one in step] == [2, 0]
 
 
 def test_modules_that_two_sizes_have_alike_do_not_go_by_pixels() -> None:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from benchmarks.policies import POLICIES, aged, fifo, keyed_fifo, round_robin
 from stepweave.planning.cost import CostModel
-from stepweave.scheduling.policy import Cap, Policy, srpt
-from stepweave.scheduling.task import Key, Load, Priority, Task
+from stepweave.scheduling.policy import Cap, Policy, fill, srpt
+from stepweave.scheduling.queues import cost_of
+from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 from tests.support.simulated_engine import Call, play, queued, task
 
 A, B, C = Key("transformer", 64), Key("transformer", 256), Key("transformer", 1024)
@@ -229,6 +230,20 @@ def test_a_call_of_more_rows_than_the_cap_runs_by_itself() -> None:
     for chosen in POLICIES.values():
         group = chosen.choose(queued([job(rows=5), job(rows=1, arrived=1.0)]), 2.0, up_to(4), EVEN)
         assert sum(call.rows for call in group) in (1, 5)
+
+
+def test_calls_with_adapters_have_a_limit_of_their_own() -> None:
+    calls = [
+        Call("step", 1, A._replace(adapters=adapters), Task(Demand()))
+        for adapters in (0, 0, 1, 0, 0)
+    ]
+
+    def cap(call: Call) -> int:
+        return 3 if call.cost.adapters else 5
+
+    assert fill(calls, cap) == calls[:3]
+    assert fill([one for one in calls if not one.cost.adapters], cap) == calls[:2] + calls[3:]
+    assert cost_of(calls) == calls[2].cost
 
 
 # The default minds what half-empty forwards waste

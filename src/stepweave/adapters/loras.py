@@ -3,6 +3,7 @@ as far as it goes."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -12,7 +13,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from stepweave.config.components import NAME
 from stepweave.errors import LoadError, LoraError, LoraNotFoundError, did_you_mean, shown
 from stepweave.jobs.job import inside_any_engine
 from stepweave.parameters import MOST_LORA_SCALE, MOST_LORAS
+from stepweave.threads import DaemonExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,7 @@ class Loras:
         self._loads = self._evictions = self._failures = 0
         self._seconds = 0.0
         self._reading = threading.Lock()  # one at a time
+        self._reader = DaemonExecutor(1, "stepweave-lora")
         self._changed = threading.Condition()
         self._waiting: float | None = None  # since when one waits for memory
 
@@ -124,13 +128,26 @@ class Loras:
         ready = self.ready(wanted)
         if ready is not None:
             return ready
-        with self._reading:
+        with self._one_at_a_time():
             pinned: dict[Lora, Chosen] = {}  # so that none leaves for another of them
             try:
+                _check_wanted(given_up)
                 adapters = [(self._read(name, pinned, given_up), scale) for name, scale in wanted]
                 return self._in_use(adapters)
             finally:
                 pinned.clear()  # also if an error's traceback holds this frame
+
+    def choose_later(
+        self, lora: Sequence[tuple[str, float]], given_up: Callable[[], bool] = lambda: False
+    ) -> Future[Chosen]:
+        """The same, read on a thread of its own. Raises at once what is known without reading."""
+        self.check(lora)
+        ready = self.ready(lora)
+        if ready is None:
+            return self._reader.submit(self.choose, lora, given_up)
+        future: Future[Chosen] = Future()
+        future.set_result(ready)
+        return future
 
     def ready(self, lora: Iterable[tuple[str, float]]) -> Chosen | None:
         """The same, at once; None if one of them is not in memory, or if another job has waited
@@ -154,7 +171,7 @@ class Loras:
 
     def load(self, name: str) -> Lora:
         """Have an adapter in memory, also one that was removed. Raises as `choose`."""
-        with self._reading:
+        with self._one_at_a_time():
             removed = name in self._removed
             self._removed.discard(name)
             try:
@@ -163,6 +180,10 @@ class Loras:
                 if removed:
                     self._removed.add(name)
                 raise
+
+    def load_later(self, name: str) -> Future[Lora]:
+        """The same on a thread of its own."""
+        return self._reader.submit(self.load, name)
 
     def remove(self, name: str) -> None:
         """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
@@ -208,6 +229,19 @@ class Loras:
         return {name: file for name, file in found.items() if name not in self._removed}
 
     # Memory
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Hold `_reading`. Raises LoraError on an engine's thread, if that might be for ever."""
+        if not self._reading.acquire(blocking=not inside_any_engine()):
+            raise LoraError(
+                "Another LoRA is read, perhaps until jobs end that wait for this thread.",
+                param="lora",
+            )
+        try:
+            yield
+        finally:
+            self._reading.release()
 
     def _read(
         self,
@@ -310,8 +344,7 @@ class Loras:
                         "All memory for LoRAs is in use by jobs that wait for this thread.",
                         param="lora",
                     )
-                if given_up():
-                    raise LoraError("Nobody waits for these LoRAs any more.", param="lora")
+                _check_wanted(given_up)
                 self._waiting = began
                 # a job's end notifies, but in CPython alone at once; who gives up does not
                 self._changed.wait(1.0)
@@ -381,6 +414,12 @@ def _checked(lora: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
                 f"The LoRA {shown(name)} is named twice.", code="invalid_value", param=f"lora.{i}"
             )
     return wanted
+
+
+def _check_wanted(given_up: Callable[[], bool]) -> None:
+    """Raise LoraError if LoRAs are read for nobody."""
+    if given_up():
+        raise LoraError("Nobody waits for these LoRAs any more.", param="lora")
 
 
 def _entries(directory: Path | None) -> list[Path]:

@@ -7,7 +7,6 @@ from collections.abc import Hashable
 import torch
 
 from stepweave.batching.merge import split
-from stepweave.compat.row_adapters import NONE
 from stepweave.jobs.running import RunningJob
 from stepweave.outcome import Ending, Outcome
 from stepweave.previews.latents import Latents
@@ -24,7 +23,7 @@ def batch_key(job: RunningJob) -> Hashable | None:
     job that needs its own call."""
     kwargs = job.kwargs
     generator = kwargs.get("generator")
-    if job.args or job.reproducible or job.scheduler is not None or job.adapters is not NONE:
+    if job.args or job.reproducible or job.scheduler is not None or job.adapters_wanted:
         return None
     if generator is None or kwargs.get("callback_on_step_end") is not None:
         return None

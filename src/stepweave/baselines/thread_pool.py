@@ -76,7 +76,7 @@ class ThreadPool(JobQueue):
         until = time.monotonic() + seconds
         with self._wake:
             self._closed = True
-            jobs = [*self._running.values(), *self._waiting.values()]
+            jobs = [*self._running.values(), *self._waiting.values(), *self._loading.values()]
             self._wake.notify_all()
         for job in jobs:
             job.job.cancel()
@@ -101,8 +101,11 @@ class ThreadPool(JobQueue):
     def _next_jobs(self) -> list[RunningJob] | None:
         """Wait for the next job, with those that can share its call. None once closed."""
         with self._wake:
-            while not self._waiting and not self._closed:
-                self._wake.wait()
+            while True:
+                seconds = self.look_for_loaded()
+                if self._waiting or self._closed:
+                    break
+                self._wake.wait(seconds)
             return None if self._closed else self._take()
 
     def _serve(self, jobs: list[RunningJob]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from stepweave.batching.batch_axes import Guess, Path, Readings
 from stepweave.batching.leaves import Layout, Leaf
 from stepweave.compat.attention_processors import AttentionProcessors, Installed
+from stepweave.compat.row_adapters import most_adapters
 from stepweave.compat.torch_state import Ambient
 from stepweave.reasons import UnsharedNote, UnsharedReason
 from stepweave.scheduling.task import Key, Task
@@ -125,7 +126,7 @@ class Call:
     @functools.cached_property
     def cost(self) -> Key:
         """What its forward's seconds depend on, besides the rows."""
-        return Key(self.target.name, self.size)
+        return Key(self.target.name, self.size, most_adapters(self.kwargs))
 
     @property
     def task(self) -> Task:

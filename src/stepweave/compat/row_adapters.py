@@ -13,6 +13,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
@@ -72,6 +73,9 @@ class Chosen:
                 for layer, part in adapter.layers.items():
                     _hook_of(layer).parts[adapter.number] = part
 
+    def __len__(self) -> int:
+        return len(self._adapters)
+
     def argument(self, module: nn.Module) -> torch.Tensor:
         """The value of ADAPTERS for a call of one row, of the adapters of this module alone."""
         argument = self._arguments.get(module)
@@ -102,22 +106,24 @@ NONE = Chosen([])
 class AdapterSource(Protocol):
     """Where jobs' adapters come from, by name."""
 
-    def choose(self, lora: Sequence[tuple[str, float]]) -> Chosen:
-        """These adapters with their scales, once they are in memory."""
+    def choose_later(
+        self, lora: Sequence[tuple[str, float]], given_up: Callable[[], bool]
+    ) -> Future[Chosen]:
+        """These adapters with their scales, once they are in memory, unless that is `given_up`.
+        Raises at once what is known without reading them."""
 
 
-def chosen(
+def choose_later(
     source: AdapterSource | None,
-    lora: Sequence[tuple[str, float]] | Chosen,
+    lora: Sequence[tuple[str, float]],
     kwargs: Mapping[str, Any],
-) -> Chosen:
-    """The adapters that a job names, unless they are chosen already. As in diffusers, a `scale`
-    among the pipeline's arguments for attention multiplies theirs. Raises EngineMisuseError if
-    there is no source."""
+    given_up: Callable[[], bool],
+) -> Future[Chosen] | None:
+    """The adapters that a job names; None if it names none. As in diffusers, a `scale` among the
+    pipeline's arguments for attention multiplies theirs. Raises EngineMisuseError if there is no
+    source, and what the source does."""
     if not lora:
-        return NONE
-    if isinstance(lora, Chosen):
-        return lora
+        return None
     if source is None:
         raise EngineMisuseError("The engine has no adapters: make it with loras=stepweave.Loras().")
     factor = 1.0
@@ -125,7 +131,7 @@ def chosen(
         given = kwargs.get(name)
         scale = given.get("scale") if isinstance(given, Mapping) else None
         factor *= scale if isinstance(scale, (int, float)) else 1.0
-    return source.choose([(name, scale * factor) for name, scale in lora])
+    return source.choose_later([(name, scale * factor) for name, scale in lora], given_up)
 
 
 def with_adapters(module: nn.Module, kwargs: dict[str, Any], owner: Any) -> dict[str, Any]:
@@ -134,6 +140,12 @@ def with_adapters(module: nn.Module, kwargs: dict[str, Any], owner: Any) -> dict
         return kwargs
     chosen: Chosen = getattr(owner, "adapters", NONE)
     return {**kwargs, ADAPTERS: chosen.argument(module)}
+
+
+def most_adapters(kwargs: Mapping[str, Any]) -> int:
+    """The most adapters that a row of a call with these arguments has."""
+    table = kwargs.get(ADAPTERS)
+    return 0 if table is None else int((table[..., 0] != 0).sum(-1).max())
 
 
 def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import torch
 
 from stepweave.baselines.thread_pool import ThreadPool
-from stepweave.compat.row_adapters import Chosen, chosen
+from stepweave.compat.row_adapters import choose_later
 from stepweave.compat.torch_state import draw_seed
 from stepweave.config.engine import EngineConfig, EngineLimits, Mode
 from stepweave.engine.loop import StepLoop
@@ -22,7 +22,7 @@ from stepweave.jobs.job import Job, Observer, inside_engine
 from stepweave.jobs.running import RunningJob
 from stepweave.memory.device import DeviceMemory
 from stepweave.memory.device_health import DeviceHealth
-from stepweave.parameters import PriorityName
+from stepweave.parameters import PriorityName, applied
 from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
 from stepweave.planning.stats import EngineStats, Stats, of_the_loop
@@ -105,7 +105,7 @@ class StepEngine(Estimates):
         priority: PriorityName = "normal",
         observer: Observer | None = None,
         pipeline: Any = None,
-        lora: Sequence[tuple[str, float]] | Chosen = (),
+        lora: Sequence[tuple[str, float]] = (),
         **kwargs: Any,
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
@@ -113,7 +113,8 @@ class StepEngine(Estimates):
         `pipeline`, if given, is called instead of the engine's. It must be made of the same
         modules, such as an image-to-image pipeline, and of those `beside`; its calls share forwards
         with all others. `lora` names adapters of the engine's `loras`, each with its scale, in the
-        order in which they are applied.
+        order in which they are applied; while one is read, the job waits, and others go on. It
+        fails with LoraError if one cannot be used.
 
         `scheduler` replaces the pipeline's; the job uses a copy. `deadline` is in seconds from now;
         a late job ends at its next step with DeadlineExceededError. Jobs of a higher `priority` go
@@ -123,13 +124,13 @@ class StepEngine(Estimates):
 
         Raises EngineClosedError; DeviceFailedError if the device has failed permanently;
         EngineMisuseError for a pipeline with modules that are not the engine's; LoraError for an
-        unknown adapter, or one that cannot be used.
+        unknown adapter, or one that could not be used before.
         """
         self._health.check()
+        runner = self._runner
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         scope = self._runner.scope_of(pipeline)
-        adapters = chosen(self.config.loras, lora, kwargs)
         seed = None if has_generator(scope.pipeline, args, kwargs) else draw_seed()
         if seed is not None and takes(scope.pipeline, "generator"):
             kwargs["generator"] = torch.Generator().manual_seed(seed)
@@ -137,16 +138,21 @@ class StepEngine(Estimates):
             deadline=deadline, seed=seed, reproducible=reproducible, owner=self._runner,
             on_cancel=lambda: self._runner.cancel(running),
         )  # fmt: skip
+        adapters = choose_later(
+            self.config.loras, lora, kwargs, lambda: job.done() or job.cancelled or job.late
+        )
         running = RunningJob(
             job, args, kwargs, scope=scope, scheduler=scheduler,
             priority=Priority[priority.upper()], observer=observer, health=self._health,
-            adapters=adapters,
+            adapters_wanted=applied(lora), arriving=adapters,
         )  # fmt: skip
         with self._lock:
             if self._closed:
                 raise EngineClosedError
             self._planner.enter(running)
             self._runner.submit(running)
+        if adapters is not None:
+            adapters.add_done_callback(lambda _: runner.wake())
         return job
 
     @property

@@ -24,6 +24,7 @@ from stepweave.memory.row_limits import RowLimits
 from stepweave.planning.clock import clock_of
 from stepweave.planning.planner import Planner
 from stepweave.planning.stats import Stats
+from stepweave.scheduling.queues import cost_of
 from stepweave.scheduling.task import Demand, Key
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ class BatchRunner:
 
     def limit(self, call: Call) -> int:
         """The largest number of rows of a forward with this call."""
-        return self._limits.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
+        most = min(self._max_rows, call.target.cap or self._max_rows)
+        return self._limits.limit(call.kind, most, call.cost.adapters)
 
     def fits(self, demand: Demand) -> bool:
         """Whether each of a job's calls fits into the free memory, in parts if necessary; True if
@@ -136,11 +138,11 @@ class BatchRunner:
         return attempts
 
     def _merged(self, calls: Sequence[Call]) -> Answers:
-        first, rows = calls[0], sum(call.rows for call in calls)
+        first, rows, cost = calls[0], sum(call.rows for call in calls), cost_of(calls)
         outputs, reason = None, ""
         looks, started = Looks(call.owner.fiber for call in calls), self._clock.start()
         try:
-            with self._limits.measured(first.kind, rows, first.cost):
+            with self._limits.measured(first.kind, rows, cost):
                 repeat = self._certificates.of(first).repeat
                 outputs = run_merged(calls, self._device_types, repeat=repeat)
         except Exception as error:  # not kept: its traceback would hold the memory
@@ -150,7 +152,7 @@ class BatchRunner:
             self._limits.fitted(first.kind)
             self._stats.forward(first.target.name, rows, len(calls))
             yield from self._deliver(calls, outputs)
-            self._clock.stop(started, partial(self._ran, first.cost, rows, looks.seconds))
+            self._clock.stop(started, partial(self._ran, cost, rows, looks.seconds))
         elif reason:  # if all succeed alone, merging is the cause
             self._stats.retried += 1
             attempts = yield from self._alone(calls)

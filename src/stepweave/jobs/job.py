@@ -64,7 +64,8 @@ class Job:
     `accepted`, `started`, `begun` (first forward), `opened` (first denoising step), `stepped` (end
     of the latest step) and `finished` are times of the monotonic clock in seconds, or None until
     then. So is `deadline`, or None; `time_limit` is the same in seconds after `accepted`. `seed` is
-    that of the generator that the engine made, if the caller gave none.
+    that of the generator that the engine made, if the caller gave none. It cannot start while it is
+    `loading`: its adapters are being read, or wait for memory.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Job:
         self.finished: float | None = None
         self.progress = Progress(0, 0)
         self.cancelled = False
+        self.loading = False
         self._warnings: dict[Hashable, str] = {}
         self._tokens: dict[Hashable, int] = {}  # by tokenizer and text
         self._owner = owner

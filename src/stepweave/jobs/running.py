@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from stepweave.batching.call import Call
@@ -13,7 +14,6 @@ from stepweave.compat.row_adapters import NONE, Chosen
 from stepweave.compat.snapshot import ArgumentSnapshot
 from stepweave.errors import (
     DeadlineExceededError,
-    DeviceFailedError,
     RequestCancelledError,
     duration,
 )
@@ -33,7 +33,8 @@ class RunningJob:
     """The engine's side of a `Job`, from submission to delivery.
 
     `args` and `kwargs` are those of the pipeline's call; `scope` makes views of the pipeline;
-    `scheduler`, unless None, replaces the view's. `adapters` are of its calls alone.
+    `scheduler`, unless None, replaces the view's. It names `adapters_wanted` adapters for its calls
+    alone, which it has once they `arrive`.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class RunningJob:
         priority: Priority,
         observer: Observer | None,
         health: DeviceHealth,
-        adapters: Chosen = NONE,
+        adapters_wanted: int = 0,
+        arriving: Future[Chosen] | None = None,
     ) -> None:
         self.job = job
         self.id = job.id
@@ -58,7 +60,11 @@ class RunningJob:
         self.kwargs = kwargs
         self.scope = scope
         self.scheduler = scheduler
-        self.adapters = adapters
+        self.adapters = NONE
+        self.adapters_wanted = adapters_wanted
+        self._arriving = arriving
+        self.could_start = job.accepted if arriving is None else None
+        job.loading = arriving is not None
         self.priority = priority
         self.task = Task()  # for the planner, as are `shape` and `recorder`
         self.shape = Shape()
@@ -92,7 +98,16 @@ class RunningJob:
     def late(self) -> bool:
         return self.job.late
 
-    def why_end(self) -> RequestCancelledError | DeviceFailedError | DeadlineExceededError | None:
+    def adapters_arrived(self) -> bool:
+        """Whether its adapters are in memory, or will never be."""
+        arriving = self._arriving
+        arrived = arriving is None or arriving.done()
+        if arrived and self.could_start is None:
+            self.could_start = time.monotonic()
+            self.job.loading = False
+        return arrived
+
+    def why_end(self) -> Exception | None:
         """Why the job must end, if it must."""
         if self.job.cancelled:
             return RequestCancelledError()
@@ -103,6 +118,9 @@ class RunningJob:
             return DeadlineExceededError(
                 f"The job did not finish within its deadline of {seconds}."
             )
+        arriving = self._arriving
+        if arriving is not None and arriving.done():
+            return arriving.exception()  # type: ignore[return-value]
         return None
 
     def ending(self) -> Ending | None:
@@ -137,6 +155,9 @@ class RunningJob:
 
     def start(self, at: float | None = None) -> None:
         """Note that its call starts, `at` a time or now."""
+        arriving = self._arriving
+        if arriving is not None and arriving.done() and arriving.exception() is None:
+            self.adapters, self._arriving = arriving.result(), None
         self.adapters.attach()
         self._snapshot = ArgumentSnapshot(*self.args, *self.kwargs.values())
         self.job.started = time.monotonic() if at is None else at
@@ -219,6 +240,6 @@ class RunningJob:
         if self._error is not None or outcome.error is not None:
             outcome = Outcome(error=self._error or self._health.reported(outcome.error))
         self._observer = None
-        self.adapters = NONE  # others may need their memory at once
+        self.adapters, self._arriving = NONE, None  # others may need their memory at once
         self.job.deliver(outcome)
         return outcome

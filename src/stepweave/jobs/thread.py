@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from stepweave.planning.stats import Stats
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 1.0  # how long the thread may take to end when only work on images is left
+LATE = 1e-3  # seconds after a deadline at which it has passed for sure
 
 
 class JobQueue:
@@ -36,22 +38,30 @@ class JobQueue:
         self.stats = stats
         self.health = health
         self._waiting: dict[str, RunningJob] = {}  # oldest first
-        self._wake = threading.Condition()  # guards `_waiting`, and members of subclasses
+        self._loading: dict[str, RunningJob] = {}  # until their adapters are in memory
+        # guards both of these, and members of subclasses
+        self._wake = threading.Condition()
 
     @property
     def waiting(self) -> int:
         """Jobs that have not started."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._loading)
 
     def submit(self, job: RunningJob) -> None:
         with self._wake:
-            self._waiting[job.id] = job
+            (self._waiting if job.adapters_arrived() else self._loading)[job.id] = job
             self._wake.notify()
+
+    def wake(self) -> None:
+        """Have the engine look again at the jobs that it has: adapters have arrived."""
+        with self._wake:
+            self.look_for_loaded()
+            self._wake.notify_all()
 
     def cancel(self, job: RunningJob) -> None:
         """End a job that waits; one that runs ends at its next step."""
         with self._wake:
-            waited = self._waiting.pop(job.id, None)
+            waited = self._waiting.pop(job.id, None) or self._loading.pop(job.id, None)
             self._wake.notify()
         if waited is not None:
             self.finish(job, RequestCancelledError())
@@ -64,6 +74,15 @@ class JobQueue:
         delivered = job.finish(outcome)
         if delivered is not None:
             self.stats.finished(delivered)
+
+    def look_for_loaded(self) -> float | None:
+        """Have the jobs whose adapters have arrived wait for their turn, and those that are late.
+        Returns the seconds until another is late, None if none will be. Held: `_wake`."""
+        for job in list(self._loading.values()):
+            if job.adapters_arrived() or job.late:
+                self._waiting[job.id] = self._loading.pop(job.id)
+        deadlines = [job.deadline for job in self._loading.values() if job.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) + LATE if deadlines else None
 
 
 class EngineThread(JobQueue, abc.ABC):
@@ -155,11 +174,15 @@ class EngineThread(JobQueue, abc.ABC):
     def _wait(self) -> bool:
         """Sleep until there is something to do. Returns False when the thread must end."""
         with self._wake:
-            while not (self._ready() or self._closing or self.next_job(self._waiting) is not None):
-                self._wake.wait()
+            while True:
+                seconds = self.look_for_loaded()
+                if self._ready() or self._closing or self.next_job(self._waiting) is not None:
+                    break
+                self._wake.wait(seconds)
             if not self._closing:
                 return True
-            waiting, self._waiting = list(self._waiting.values()), {}
+            waiting = [*self._waiting.values(), *self._loading.values()]
+            self._waiting, self._loading = {}, {}
             for job in self.running_jobs():
                 job.job.cancel()
             while self.running_jobs() and not (self._ready() or self._abandoned):
@@ -182,6 +205,7 @@ class EngineThread(JobQueue, abc.ABC):
     def take_next(self) -> RunningJob | None:
         """Take the job that is to start now, if any, from the waiting ones."""
         with self._wake:
+            self.look_for_loaded()
             job = None if self._closing or self._returned else self.next_job(self._waiting)
             if job is not None:
                 del self._waiting[job.id]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from stepweave.memory.device import DeviceMemory
@@ -21,40 +21,46 @@ class RowLimits:
     """How many rows of each kind of call fit.
 
     Bytes per row are those of the largest measured forward, divided by its rows. That counts fixed
-    memory for each row, so the estimate is never too low. A kind that ran out nevertheless gets a
-    cap of half the rows tried, which rises by an eighth after RECOVERY forwards.
+    memory for each row, so the estimate is never too low. Rows with adapters are measured apart,
+    and take no less than those with fewer. A kind that ran out nevertheless gets a cap of half the
+    rows tried, which rises by an eighth after RECOVERY forwards.
     """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self.memory = memory
         self._caps: OrderedDict[Hashable, _Cap] = OrderedDict()
+        # by kind, and the same by cost key, which is known at admission; each with the number of
+        # adapters
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
-        # the same by cost key, which is known at admission
         self._keys: OrderedDict[Hashable, _Size] = OrderedDict()
         self._available: int | None = None  # bytes, last measured between forwards
         self._measuring = False
 
-    def limit(self, kind: Hashable, rows: int) -> int:
-        """The number of `rows` that should fit, at least one."""
-        cap, size = self._caps.get(kind), self._sizes.get(kind)
+    def limit(self, kind: Hashable, rows: int, adapters: int = 0) -> int:
+        """The number of `rows` with so many adapters that should fit, at least one."""
+        cap, sizes = self._caps.get(kind), _known(self._sizes, kind, adapters)
         if cap is not None:
             rows = min(rows, cap.rows)
-        if size is not None and size.bytes > 0:
+        if any(size.bytes > 0 for size in sizes):
             self._available = available = self.memory.available()
             if available is not None:
-                rows = min(rows, available * size.rows // size.bytes)
+                rows = min(rows, *(size.fitting(available) for size in sizes if size.bytes > 0))
         return max(1, rows)
 
     def fits(self, key: Key, rows: int) -> bool:
         """Whether this many rows of calls of a key should fit now; True if unknown. For any
         thread."""
-        size, available = self._keys.get(key), self._available
-        return size is None or available is None or available * size.rows >= size.bytes * rows
+        available = self._available
+        sizes = _known(self._keys, key.plain, key.adapters)
+        return available is None or all(
+            available * size.rows >= size.bytes * rows for size in sizes
+        )
 
     @contextlib.contextmanager
     def measured(self, kind: Hashable, rows: int, key: Key | None = None) -> Iterator[None]:
         """Measure the memory of a forward within the block, unless it is known."""
-        size = self._sizes.get(kind)
+        adapters = 0 if key is None else key.adapters
+        size = self._sizes.get((kind, adapters))
         unique = not isinstance(kind, (tuple, str))  # no other call is of this kind
         done = size is not None and (rows, 0) <= (size.rows, size.times - TIMES)
         if unique or self._measuring or done:
@@ -69,9 +75,9 @@ class RowLimits:
         taken = self.memory.taken()
         if taken is not None and undisturbed:
             times = size.times + 1 if size is not None and size.rows == rows else 1
-            _put(self._sizes, kind, size := _Size(rows, taken, times))
+            _put(self._sizes, (kind, adapters), size := _Size(rows, taken, times))
             if key is not None:
-                _put(self._keys, key, size)
+                _put(self._keys, (key.plain, adapters), size)
 
     def failed(self, kind: Hashable, rows: int) -> None:
         """Learn that a forward of this many rows did not fit; a measurement in progress is
@@ -96,6 +102,10 @@ class _Size(NamedTuple):
     bytes: int
     times: int  # measured
 
+    def fitting(self, available: int) -> int:
+        """Rows that fit into this many bytes."""
+        return available * self.rows // self.bytes
+
 
 class _Cap:
     def __init__(self, rows: int, patience: int) -> None:
@@ -108,6 +118,12 @@ class _Cap:
         if self._fitted >= self.patience:
             self.rows += max(1, self.rows // 8)
             self._fitted = 0
+
+
+def _known(values: Mapping[Hashable, _Size], kind: Hashable, adapters: int) -> list[_Size]:
+    """The sizes that are known of rows of a kind with so many adapters, and with fewer."""
+    sizes = (values.get((kind, number)) for number in range(adapters + 1))
+    return [size for size in sizes if size is not None]
 
 
 def _put(values: OrderedDict[Hashable, T], kind: Hashable, value: T) -> None:

@@ -27,12 +27,12 @@ class CostModel:
 
     It interpolates between observed row counts. For others, and for new sizes, it uses the module's
     nearest size, at the row count with as many elements in total: a batch's cost depends on its
-    number of tokens.
+    number of tokens. Of one size with other adapters, it uses the nearest number of these.
     """
 
     def __init__(self) -> None:
         self._curves: OrderedDict[Key, _Curve] = OrderedDict()
-        self._modules: dict[str, dict[int, _Curve]] = {}
+        self._modules: dict[str, dict[Key, _Curve]] = {}
         self._errors: deque[float] = deque(maxlen=ERRORS)
 
     @classmethod
@@ -55,31 +55,33 @@ class CostModel:
         if curve is None:
             curve = _Curve()
             curve.add(rows, seconds)  # first, since other threads read curves
-            self._curves[key] = self._modules.setdefault(key.module, {})[key.size] = curve
+            self._curves[key] = self._modules.setdefault(key.module, {})[key] = curve
             if len(self._curves) > KEYS:
                 old, _ = self._curves.popitem(last=False)
-                del self._modules[old.module][old.size]
+                del self._modules[old.module][old]
         else:
             self._curves.move_to_end(key)
             self._errors.append(seconds / self.seconds(key, rows) - 1)
             curve.add(rows, seconds)
 
-    def seconds(self, key: Key, rows: int) -> float:
+    def seconds(self, key: Key, rows: float) -> float:
         """Seconds of a forward; 0 for a module that never ran."""
         curve = self._curves.get(key)
         if curve is not None and curve.covers(rows):
             return curve.at(rows)
-        sizes = self._modules.get(key.module)
-        if not sizes:
+        curves = self._modules.get(key.module)
+        if not curves:
             return 0.0
-        others = [size for size in list(sizes) if size != key.size]
+        others = [other for other in list(curves) if other != key]
         if not others or not key.size:
-            return (curve or next(iter(sizes.values()))).at(rows)
-        nearest = min(others, key=lambda size: abs(math.log((size or 1) / key.size)))
-        like = sizes[nearest]
-        scale = key.size / (nearest or 1)
-        if curve is None:
-            return like.at(rows * scale)
+            return (curve or next(iter(curves.values()))).at(rows)
+        nearest = min(others, key=lambda other: _distance(other, key))
+        like = curves[nearest]
+        scale = key.size / (nearest.size or 1)
+        if curve is None:  # few numbers of rows may have run with adapters
+            return (
+                self.seconds(nearest, rows * scale) if nearest.adapters else like.at(rows * scale)
+            )
         seen = curve.nearest(rows)
         ratio = curve.at(seen) / like.at(seen * scale)  # to the other size, where both are known
         return curve.between(rows, like.at(rows * scale) * ratio)
@@ -91,12 +93,16 @@ class CostModel:
     def knee(self, key: Key, most: int) -> int:
         """The smallest number of rows, up to `most`, beyond which none brings GAIN more rows per
         second. So that more rows are tried, the bound doubles until the knee is passed."""
-        curve = self._curves.get(key)
-        if curve is None and not self.known(key):
+        curves = self._modules.get(key.module)
+        if not curves:
             return most
         tried, least, bound = most, 1, most
-        if curve is not None:
-            tried, least, bound = curve.tried, curve.least, min(most, 2 * curve.most)
+        # rows that were tried with other adapters are tried: these do not change which rows pay
+        alike = [curve for one, curve in list(curves.items()) if one.size == key.size]
+        if alike:
+            tried = max(curve.tried for curve in alike)
+            least = min(curve.least for curve in alike)
+            bound = min(most, 2 * max(curve.most for curve in alike))
         every = range(min(least, bound), bound + 1)
         counts = [rows for rows in every if rows <= 4 or rows % 2 == 0 or rows == bound]
         rates = {rows: rows / max(self.seconds(key, rows), 1e-9) for rows in counts}
@@ -122,6 +128,10 @@ class CostModel:
     def curves(self) -> dict[Key, dict[int, float]]:
         """Observed seconds by key and rows."""
         return {key: dict(curve.points()) for key, curve in list(self._curves.items())}
+
+
+def _distance(one: Key, other: Key) -> tuple[float, int]:
+    return abs(math.log((one.size or 1) / (other.size or 1))), abs(one.adapters - other.adapters)
 
 
 class PriceList:
@@ -181,11 +191,11 @@ class _Curve:
         points = self.points()
         return points[0][0] <= rows <= points[-1][0]
 
-    def nearest(self, rows: int) -> int:
+    def nearest(self, rows: float) -> float:
         points = self.points()
         return min(max(rows, points[0][0]), points[-1][0])
 
-    def between(self, rows: int, seconds: float) -> float:
+    def between(self, rows: float, seconds: float) -> float:
         """`seconds`, an estimate for unobserved rows, limited to be no less than for fewer rows and
         no more than for more."""
         points = self.points()

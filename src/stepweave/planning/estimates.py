@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from stepweave.parameters import PriorityName
+from stepweave.parameters import PriorityName, applied
 from stepweave.planning.forecaster import FEW
 from stepweave.planning.plan import Estimate, QueuePosition
 from stepweave.planning.planner import Planner
@@ -26,6 +27,7 @@ class Estimates:
         priority: PriorityName = "normal",
         reproducible: bool = False,
         pipeline: Any = None,
+        lora: Sequence[tuple[str, float]] = (),
         **kwargs: Any,
     ) -> Estimate | None:
         """Predict a job with these arguments of `submit`, submitted now; None if no similar job has
@@ -35,7 +37,7 @@ class Estimates:
             planner.work.refresh(planner.forecaster.jobs())
         called = planner.pipeline if pipeline is None else pipeline
         task, _ = planner.work.task_of(
-            called, args, kwargs, scheduler, reproducible,
+            called, args, kwargs, scheduler, reproducible, adapters=applied(lora),
             arrived=now, priority=Priority[priority.upper()],
             deadline=None if deadline is None else now + deadline,
         )  # fmt: skip
@@ -48,13 +50,16 @@ class Estimates:
         scheduler: Any = None,
         reproducible: bool = False,
         pipeline: Any = None,
+        lora: Sequence[tuple[str, float]] = (),
         **kwargs: Any,
     ) -> float | None:
         """Seconds of a job with these arguments of `submit` on an idle engine; None if no similar
         job has run."""
         planner = self._planner
         called = planner.pipeline if pipeline is None else pipeline
-        task, _ = planner.work.task_of(called, args, kwargs, scheduler, reproducible, arrived=0.0)
+        task, _ = planner.work.task_of(
+            called, args, kwargs, scheduler, reproducible, adapters=applied(lora), arrived=0.0
+        )
         task.price(planner.cost)  # the price list may be from before the last job
         return task.solo or None
 

@@ -48,6 +48,7 @@ def forecast(
     ordered = in_order([order(task, now) for task in tasks], pause)
     # copied, since the engine's thread may change the tasks
     demands = [task.demand for task in tasks]
+    adapters = [demand.adapters for demand in demands]
     left = [task.left for task in tasks]
     joined = [task.opened for task in tasks]
     ends = [0.0] * len(tasks)
@@ -71,7 +72,8 @@ def forecast(
                     time += tasks[i].before
             steps = min(left[i] for i in group)
             if steps:
-                time += steps * step_seconds(demand, rows, cost)
+                dearest = demands[max(group, key=adapters.__getitem__)]
+                time += steps * step_seconds(dearest, rows, cost)
             for i in group:
                 left[i] -= steps
                 if left[i] <= 0:

@@ -18,6 +18,7 @@ class PlannedJob(Protocol):
     scope: Any  # its `pipeline` is called
     priority: Priority
     reproducible: bool
+    adapters_wanted: int  # how many it has named
     accepted: float
     recorder: Recorder  # of the calls that it makes
     shape: Shape
@@ -25,6 +26,8 @@ class PlannedJob(Protocol):
 
     @property
     def deadline(self) -> float | None: ...
+    @property
+    def could_start(self) -> float | None: ...  # since when; None while its adapters are read
     @property
     def begun(self) -> float | None: ...  # start of its first forward
     @property

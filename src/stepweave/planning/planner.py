@@ -12,7 +12,7 @@ from stepweave.planning.jobs import PlannedJob
 from stepweave.planning.row_caps import RowCaps
 from stepweave.planning.work import Work
 from stepweave.scheduling.policy import Policy, Rank, srpt
-from stepweave.scheduling.queues import CallT, Queues, WaitingCall
+from stepweave.scheduling.queues import CallT, Queues, WaitingCall, cost_of
 from stepweave.scheduling.task import Demand, Key
 
 # module, rows, row limit, seconds
@@ -63,6 +63,7 @@ class Planner:
         """Add a job, and estimate its work."""
         job.task, job.shape = self.work.task_of(
             job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible,
+            adapters=job.adapters_wanted,
             arrived=job.accepted, priority=job.priority, deadline=job.deadline,
         )  # fmt: skip
         self.forecaster.enter(job)
@@ -102,12 +103,13 @@ class Planner:
         return list(self.forecaster.jobs())
 
     def stalled(self) -> float:
-        """Seconds since the last choice or end of a forward, the last step, or the arrival of the
-        oldest job."""
+        """Seconds since the last choice or end of a forward, the last step, or since the first of
+        the jobs could start."""
         jobs = self.forecaster.jobs()
-        if not jobs:
+        since = [job.could_start for job in jobs if job.could_start is not None]
+        if not since:
             return 0.0
-        moved: float = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
+        moved: float = max(self._moved, min(since), *[job.stepped or 0.0 for job in jobs])
         return time.monotonic() - moved
 
     # Forwards
@@ -120,7 +122,7 @@ class Planner:
             calls = self._policy.choose(queues, now, self.caps.choosing(limit, queues), self.cost)
             first, rows = calls[0], sum(call.rows for call in calls)
             others = len(calls) < len(queues[first.key])
-            self.caps.chosen(first.cost, rows, cut=others and rows < limit(first))
+            self.caps.chosen(cost_of(calls), rows, cut=others and rows < limit(first))
             return calls
         return list(next(iter(queues.values())))[:1]
 

@@ -20,7 +20,8 @@ class Shape(NamedTuple):
 
     pixels: int = 0  # of an image; 0 for the pipeline's default size
     images: int = 1
-    kind: Hashable = None  # equal for jobs whose calls differ only in sizes and steps
+    kind: Hashable = None  # equal for jobs whose calls differ only in sizes, steps and adapters
+    adapters: int = 0
 
 
 class Recorder:
@@ -77,8 +78,10 @@ class Profiles:
         if not self._demands:
             return None
 
-        def distance(other: Shape) -> tuple[bool, float, int]:
-            return other.kind != shape.kind, _apart(other.pixels, shape.pixels), other.images
+        def distance(other: Shape) -> tuple[bool, float, int, int]:
+            apart = _apart(other.pixels, shape.pixels)
+            adapters = abs(other.adapters - shape.adapters)
+            return other.kind != shape.kind, apart, other.images, adapters
 
         near = min(self._demands, key=distance)
         demand = self._demands[near]
@@ -88,7 +91,7 @@ class Profiles:
         return Demand(
             demand.steps,
             demand.before,
-            _scaled(demand.step, fixed, pixels, images),
+            _adapted(_scaled(demand.step, fixed, pixels, images), near.adapters, shape.adapters),
             _scaled(demand.after, fixed, pixels, images),
         )
 
@@ -104,7 +107,18 @@ class Profiles:
 
 
 def _keys(demand: Demand) -> set[Key]:
-    return {load.key for load in (*demand.before, *demand.step, *demand.after)}
+    return {load.key.plain for load in (*demand.before, *demand.step, *demand.after)}
+
+
+def _adapted(loads: Iterable[Load], had: int, has: int) -> tuple[Load, ...]:
+    """Loads of a step of a job that `has` so many adapters, by those of one that `had` others: they
+    are for the modules that had some, or for all."""
+    return tuple(
+        load._replace(key=load.key._replace(adapters=has))
+        if had != has and (load.key.adapters or not had)
+        else load
+        for load in loads
+    )
 
 
 def _apart(a: int, b: int) -> float:
@@ -117,7 +131,7 @@ def _scaled(
     return tuple(
         Load(
             load.key
-            if load.key in fixed
+            if load.key.plain in fixed
             else load.key._replace(size=max(1, round(load.key.size * pixels))),
             max(1, round(load.rows * images)),
             load.calls,

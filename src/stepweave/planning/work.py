@@ -39,12 +39,15 @@ class Work:
         scheduler: Any,
         reproducible: bool,
         *,
+        adapters: int = 0,
         arrived: float,
         priority: Priority = Priority.NORMAL,
         deadline: float | None = None,
     ) -> tuple[Task, Shape]:
-        """Predict the task of a call of the pipeline; `solo` is 0 if no similar one has run."""
+        """Predict the task of a call of the pipeline with a number of adapters; `solo` is 0 if no
+        similar one has run."""
         shape, group, steps = shape_of(pipeline, args, kwargs, scheduler, reproducible)
+        shape = shape._replace(adapters=adapters)
         demand = self._expected(shape, steps, group)
         if self._whole:
             call = Load(Key(WHOLE_CALL, shape.pixels), shape.images)

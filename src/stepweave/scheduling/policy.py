@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
-from stepweave.scheduling.queues import CallT, Queues, WaitingCall
+from stepweave.scheduling.queues import CallT, Queues, WaitingCall, cost_of
 from stepweave.scheduling.task import Key, Task
 
 Rank = tuple[float, ...]  # the lowest goes first
@@ -77,7 +77,7 @@ class WasteAwareSRPT:
         if overdue := [call for call in calls if call.task.overdue(now)]:
             oldest = min(overdue, key=lambda call: call.task.arrived)
             group = self._group(queues[oldest.key], now, cap, oldest)
-            seconds = cost.seconds(oldest.cost, rows_of(group))
+            seconds = cost.seconds(cost_of(group), rows_of(group))
             if now - oldest.since >= self.others_share * seconds:
                 return group
 
@@ -105,7 +105,7 @@ class WasteAwareSRPT:
         if deadline == URGENT or priority != first.task.priority:
             return False
         key, rows, more = last[0].cost, rows_of(last), 0
-        alone, forward = cost.seconds(key, rows), cost.seconds(first.cost, rows_of(steps))
+        alone, forward = cost.seconds(key, rows), cost.seconds(cost_of(steps), rows_of(steps))
         # a step may have several forwards
         forward *= max(1.0, first.task.step / max(cost.seconds(first.cost, first.rows), 1e-9))
         worth, room = self.gather_weight * (waiting - len(last)), cap(last[0]) - rows
@@ -126,10 +126,10 @@ class WasteAwareSRPT:
         first = group[0]
         if not others or not (first.task.opened and first.task.left):
             return 1.0  # only steps repeat: encoding and decoding happen once a job
-        own, rows = rows_of([first]), rows_of(group)
+        own, rows, key = rows_of([first]), rows_of(group), cost_of(group)
         full = max(own, cap(first))
         alone = cost.seconds(first.cost, own) / own
-        waste = cost.seconds(first.cost, rows) / rows - cost.seconds(first.cost, full) / full
+        waste = cost.seconds(key, rows) / rows - cost.seconds(key, full) / full
         return 1 + self.waste_weight * others * max(0.0, waste) / max(alone, 1e-9)
 
     def _group(
@@ -149,14 +149,17 @@ def rows_of(group: Sequence[WaitingCall]) -> int:
 
 
 def fill(queue: Sequence[CallT], cap: Cap) -> list[CallT]:
-    """The first call, whatever its rows, and the following ones that fit within its limit."""
+    """The first call, whatever its rows, and the following ones that fit within its limit, and
+    within their own if they have more adapters."""
     group, rows, most = [queue[0]], queue[0].rows, cap(queue[0])
+    adapters = queue[0].cost.adapters
     for call in queue[1:]:
         if rows >= most:
             break
-        if rows + call.rows <= most:
+        own = most if call.cost.adapters <= adapters else min(most, cap(call))
+        if rows + call.rows <= own:
             group.append(call)
-            rows += call.rows
+            rows, most, adapters = rows + call.rows, own, max(adapters, call.cost.adapters)
     return group
 
 

@@ -28,6 +28,15 @@ CallT = TypeVar("CallT", bound=WaitingCall)
 Queues = Mapping[Hashable, Sequence[CallT]]
 
 
+def cost_of(calls: Sequence[WaitingCall]) -> Key:
+    """The key of a forward of calls that share one: that of a call with the most adapters."""
+    return max((call.cost for call in calls), key=_adapters)
+
+
+def _adapters(key: Key) -> int:
+    return key.adapters
+
+
 class CallQueues(OrderedDict[Hashable, list[CallT]]):
     """A queue for each key, the one that was served longest ago first; no call waits for another
     key's queue to empty."""

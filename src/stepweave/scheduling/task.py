@@ -24,6 +24,12 @@ class Key(NamedTuple):
 
     module: str
     size: int  # elements of a row's sample, which are proportional to its tokens
+    adapters: int = 0  # the most, such as LoRAs, that a row has
+
+    @property
+    def plain(self) -> Key:
+        """The same without adapters."""
+        return self._replace(adapters=0) if self.adapters else self
 
 
 class Load(NamedTuple):
@@ -47,12 +53,17 @@ class Demand:
 
     @property
     def kind(self) -> Hashable:  # equal for jobs whose steps may share forwards
-        return (self.group, *(load.key for load in self.step))
+        return (self.group, *(load.key.plain for load in self.step))
 
     @property
     def rows(self) -> int:
         """Rows of a step's first module."""
         return self.step[0].rows if self.step else 1
+
+    @property
+    def adapters(self) -> int:
+        """The most that a row has in a step."""
+        return max((load.key.adapters for load in self.step), default=0)
 
 
 class Prices(Protocol):

@@ -113,7 +113,9 @@ def missed(
     """The error of a missed deadline: how many of its `steps` the job did, and what was `expected`
     at admission; `timed` is whether any job had been timed then."""
     step = job.progress.step
-    if job.begun is None:
+    if job.loading:
+        reached = "its LoRAs were not in memory yet"
+    elif job.begun is None:
         reached = "the job was still waiting for its turn"
     elif not step:
         reached = f"the job had begun, and done none of its {steps} steps"

@@ -85,8 +85,6 @@ class Lifecycle:
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
         # a separate thread, so that previews do not delay images
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
-        # one at a time, in order: each may wait for memory
-        self.readers = DaemonExecutor(1, "stepweave-lora")
         self._closers = DaemonExecutor(2, "stepweave-close")
         self.decoders = Decoders(settings.max_input_pixels)
         self._has_images = False  # whether the model has been seen to make images

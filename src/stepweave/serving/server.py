@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Hashable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.calls import NONE, RequestFields, SentTensor
-from stepweave.errors import DeadlineExceededError, NoImagesError
+from stepweave.errors import NoImagesError
 from stepweave.images.encode import check_file
 from stepweave.parameters import Parameters
 from stepweave.serving.admission import Reservation
@@ -23,8 +20,6 @@ from stepweave.serving.submission import Submission
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.adapters.loras import Loras
-    from stepweave.compat.row_adapters import Chosen
     from stepweave.engine import StepEngine
     from stepweave.serving.model import ServedModel
     from stepweave.store import FileStore
@@ -120,34 +115,7 @@ class Server(Lifecycle):
             call = served.call(parameters)
         else:  # resizes images, and copies tensors
             call = await on_thread(None, served.call, parameters)
-        if served.loras is None or not parameters.lora:
-            return self._enter_engine(submission, parameters, call, (), began)
-        lora = served.loras.ready(parameters.lora)
-        if lora is not None:
-            return self._enter_engine(submission, parameters, call, lora, began)
-        # a place first, so that no more wait for memory than may be in flight
-        place = submission.reservation
-        with place or self.reserve(submission.fingerprint, submission.client) as place:
-            place.settle()
-            lora = await self._read_loras(served.loras, parameters, request.deadline_ms)
-            held = replace(submission, reservation=place)
-            return self._enter_engine(held, parameters, call, lora, began)
-
-    async def _read_loras(
-        self, loras: Loras, parameters: Parameters, deadline_ms: int | None
-    ) -> Chosen:
-        """A request's LoRAs, once they are in memory; others go on meanwhile. Raises LoraError,
-        DeadlineExceededError."""
-        left = threading.Event()  # if the client does not wait any more, its place is free
-        try:
-            async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
-                return await on_thread(self.readers, loras.choose, parameters.lora, left.is_set)
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"deadline_ms is {deadline_ms}; the LoRAs were not in memory until then."
-            ) from None
-        finally:
-            left.set()
+        return self._enter_engine(submission, parameters, call, began)
 
     @property
     def places(self) -> int:
@@ -169,7 +137,6 @@ class Server(Lifecycle):
         submission: Submission,
         parameters: Parameters,
         call: dict[str, Any],
-        lora: Any,
         began: float,
     ) -> ActiveRequest:
         served, engine = self.ready(submission.reservation)
@@ -197,7 +164,9 @@ class Server(Lifecycle):
         ]
         active = ActiveRequest(submission, parameters, means, warnings)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
-        arguments: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
+        arguments: dict[str, Any] = {
+            **call, "reproducible": parameters.reproducible, "lora": parameters.lora,
+        }  # fmt: skip
         options: dict[str, Any] = {**arguments, "priority": request.priority}
         timed = engine.timed
         expected = admission.enter(
@@ -211,7 +180,7 @@ class Server(Lifecycle):
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
             active.begin(
-                engine.submit(**options, lora=lora, deadline=left, observer=active),
+                engine.submit(**options, deadline=left, observer=active),
                 expected,
                 timed=timed,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +18,6 @@ from stepweave.api.schemas import parse, require_json
 from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
 from stepweave.parameters import MAX_LORA_NAME
 from stepweave.serving.server import Server
-from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
     from stepweave.adapters.loras import Loras
@@ -57,7 +57,7 @@ class LoraRoutes:
         require_json(request.headers.get("content-type", ""))
         async with whole_body(request) as content:
             name = parse(content, LoraRequest).name
-        await on_thread(self.server.readers, self._loras().load, name)
+        await asyncio.wrap_future(self._loras().load_later(name))
         return answer(next(one for one in described_loras(self.server) if one.root == name))
 
     async def remove(self, request: Request) -> Response:
