@@ -465,6 +465,22 @@ def test_fused_projections_are_refused(tmp_path: Path) -> None:
         Loras(pipeline, tmp_path)
 
 
+def test_dora_has_its_effect_at_a_scale_of_0_as_in_diffusers(tmp_path: Path) -> None:
+    """Its magnitudes are applied whatever the scale."""
+    file = save_lora(
+        tmp_path / "dora.safetensors", SD3.build, {"transformer": ("to_q", "to_v")}, use_dora=True
+    )
+    using = plain(SD3.build(), {"dora": file})
+    expected, none = (
+        numbers(using(named)(**request(SD3.build, 1))) for named in ([("dora", 0.0)], [])
+    )
+    assert difference(expected, none) > 0.01
+    pipeline = SD3.build()
+    with StepEngine(pipeline, loras=Loras(pipeline, tmp_path)) as engine:
+        job = engine.submit(**request(SD3.build, 1), lora=[("dora", 0.0)], reproducible=True)
+        assert difference(numbers(job.result(SECONDS)), expected) == 0
+
+
 def test_modules_that_other_threads_make_meanwhile_have_weights(tmp_path: Path) -> None:
     """PEFT's own way of making layers without weights is for all threads of the process."""
     save_lora(tmp_path / "one.safetensors", SD3.build, {"transformer": ("to_q", "to_v")})

@@ -21,10 +21,12 @@ from stepweave import Loras, StepEngine
 from stepweave.adapters import loras as module
 from stepweave.errors import (
     DeadlineExceededError,
+    LoadError,
     LoraError,
     LoraNotFoundError,
     OutOfMemoryError,
     RequestCancelledError,
+    UnavailableError,
 )
 from tests.support.loras import hooks_of, plain, save_lora
 from tests.support.tiny import FAMILIES
@@ -204,9 +206,114 @@ def test_a_file_that_cannot_be_read_for_a_while_is_tried_again(
         "open": mock.patch.object(Path, "open", side_effect=full),
         "shutil.copyfile": mock.patch("shutil.copyfile", side_effect=full),
     }[where]
-    with patched, pytest.raises(LoraError, match=r"one\.safetensors: No space left on device\.$"):
+    with (
+        patched,
+        pytest.raises(UnavailableError, match=r"'one' cannot be read now: one\.safet.*: No"),
+    ):
         loras.load("one")
     assert loras.load("one").name == "one"
+
+
+def test_what_cannot_be_looked_at_for_a_while_is_not_thereby_gone(
+    contents: list[bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / f"{name}.safetensors").write_bytes(contents[i])
+    loras = Loras(SD3.build(), tmp_path)
+    loras.load("one")
+    stale, stat = OSError(errno.ESTALE, "Stale file handle"), Path.stat
+
+    def failing(path: Path, **options: Any) -> Any:
+        if path.name in ("one.safetensors", "two.safetensors", "new.safetensors"):
+            raise stale
+        return stat(path, **options)
+
+    (tmp_path / "new.safetensors").write_bytes(contents[2])
+    with mock.patch.object(Path, "stat", failing):
+        for _ in range(2):
+            assert loras.names() == ["one", "two"]
+            assert loras.choose([("one", 1.0)]) is not None, "it is in memory"
+            with pytest.raises(UnavailableError, match="'two' cannot be read now: Stale file"):
+                loras.choose([("two", 1.0)])
+    with mock.patch.object(os, "scandir", side_effect=stale):
+        for _ in range(2):
+            assert loras.names() == ["new", "one", "two"] or loras.names() == ["one", "two"]
+            loras.choose([("two", 1.0)])
+    assert sorted(loras.loaded()) == ["one", "two"]
+    told = [record.message for record in caplog.records if "Stale" in record.message]
+    assert len(told) == 4, "each once"
+    assert loras.names() == ["new", "one", "two"]
+    loras.load("new")
+
+
+def test_entries_that_are_no_adapters_are_told_once(
+    contents: list[bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    (tmp_path / "README.md").touch()
+    for name in ("Upper.SafeTensors", "old.ckpt", "my moon.safetensors", "x" * 80 + ".safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    loras = Loras(SD3.build(), tmp_path)
+    assert loras.names() == ["one"]
+    assert loras.names() == ["one"]
+    told = "\n".join(record.message for record in caplog.records if "is ignored" in record.message)
+    assert told.count("\n") == 4
+    for reason in (
+        "'Upper.SafeTensors' is ignored: LoRAs are .safetensors files",
+        "'empty' is ignored: a folder is a LoRA if it has one .safetensors file",
+        "'my moon.safetensors' is ignored: use 1 to 64 letters",
+    ):
+        assert reason in told
+
+
+def test_a_place_that_is_no_directory_is_refused(contents: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    for place in ("nowhere", "one.safetensors"):
+        with pytest.raises(LoadError, match=f"{place}' is no directory"):
+            Loras(SD3.build(), tmp_path / place)
+
+
+def test_what_is_removed_while_it_is_read_is_not_kept(
+    contents: list[bytes], expected: list[torch.Tensor], tmp_path: Path
+) -> None:
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / f"{name}.safetensors").write_bytes(contents[i])
+    pipeline = SD3.build()
+    loras = Loras(pipeline, tmp_path)
+
+    def removing(*args: Any, **kwargs: Any) -> Any:
+        found = read(*args, **kwargs)
+        loras.remove("one")
+        return found
+
+    read = module.read_lora
+    with StepEngine(pipeline, loras=loras) as engine:
+        with mock.patch.object(module, "read_lora", removing):
+            with pytest.raises(LoraNotFoundError):
+                loras.load("one")
+            assert (loras.loaded(), loras.stats().bytes) == ({}, 0)
+            loras._removed.clear()
+            right(submit(engine, "one"), expected[0])  # it was there when the job named it
+        until(lambda: loras.stats().bytes == 0)
+        loras._removed.clear()
+        each = loras.load("one").bytes
+        with mock.patch.object(module, "read_lora", removing):
+            both = loras.choose([("one", 1.0), ("two", 1.0)])
+        assert loras.stats().bytes == 2 * each, "a job has both of them"
+        assert sorted(loras.loaded()) == ["two"]
+        del both
+        until(lambda: loras.stats().bytes == each)
+
+
+def test_nothing_is_loaded_for_who_has_left(contents: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    loras = Loras(SD3.build(), tmp_path)
+    with pytest.raises(LoraError, match="Nobody waits"):
+        loras.load_later("one", lambda: True).result(SECONDS)
+    assert loras.stats().loads == 0
+    assert loras.load_later("one", lambda: False).result(SECONDS).name == "one"
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_file(

@@ -23,6 +23,7 @@ from tests.pipelines.parts import autoencoder, trained, vision
 from tests.pipelines.registry import example_image
 from tests.served.server import NotServedError, Served, pixels, serving
 from tests.support.ip_adapters import load_ip_adapter, save_ip_adapter
+from tests.support.loras import save_lora
 from tests.support.refiners import save_refiner, save_xl
 from tests.support.tiny import SIDE
 from tests.support.uploads import url_of
@@ -49,6 +50,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8))
     trained(net).save_pretrained(place / "canny")  # type: ignore[operator]
     save_ip_adapter(ip_adapter(base.unet), vision(), place / "faces")
+    save_lora(
+        place / "model" / "loras" / "rings.safetensors",
+        lambda: diffusers.StableDiffusionXLPipeline.from_pretrained(place / "model"),
+        {"unet": ("to_q", "to_k", "to_v")},
+    )
     return place
 
 
@@ -76,7 +82,12 @@ class Plain:
         self.base = kind.from_pretrained(folder / "model", add_watermarker=False)
 
     def __call__(
-        self, refiner: str | None = None, start: float = 0.8, soft: bool = False, like: bool = False
+        self,
+        refiner: str | None = None,
+        start: float = 0.8,
+        soft: bool = False,
+        like: bool = False,
+        rings: float = 0.0,
     ) -> np.ndarray:
         generator = torch.Generator().manual_seed(SEED)
         base = diffusers.StableDiffusionXLPipeline(**self.base.components, add_watermarker=False)
@@ -89,6 +100,14 @@ class Plain:
             base.unet = copy.deepcopy(base.unet)
             load_ip_adapter(base, self.folder / "faces")
             first["ip_adapter_image"] = LIKE
+        if rings:
+            base.unet = copy.deepcopy(base.unet)
+            base.load_lora_weights(
+                self.folder / "model" / "loras",
+                weight_name="rings.safetensors",
+                adapter_name="rings",
+            )
+            base.set_adapters(["rings"], [rings])
         if refiner is None:
             return np.asarray(base(**first).images[0]).astype(int)
         latents = base(**first, denoising_end=start, output_type="latent").images
@@ -115,6 +134,12 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Plain], np.ndarray]]] = {
     "refined and decoded": (
         {"refiner": "own", "vae": "soft"},
         lambda plain: plain("own", soft=True),
+    ),
+    # adapted is the model, not its refiner, whose layers have other shapes
+    "adapted": ({"lora": "rings:0.8"}, lambda plain: plain(rings=0.8)),
+    "adapted and refined": (
+        {"lora": "rings:0.8", "refiner": "fine"},
+        lambda plain: plain("fine", rings=0.8),
     ),
     "like and refined": (
         {

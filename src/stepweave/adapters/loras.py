@@ -4,11 +4,8 @@ as far as it goes."""
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import itertools
 import logging
-import stat
 import threading
 import time
 import weakref
@@ -23,19 +20,26 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from stepweave.adapters.lora_directory import LoraDirectory, LoraFile, digest
 from stepweave.adapters.lora_files import Lora, check_takes_loras, read_lora
 from stepweave.compat.row_adapters import Chosen
-from stepweave.config.components import NAME
-from stepweave.errors import LoadError, LoraError, LoraNotFoundError, did_you_mean, shown
+from stepweave.errors import (
+    LoadError,
+    LoraError,
+    LoraNotFoundError,
+    UnavailableError,
+    did_you_mean,
+    shown,
+)
 from stepweave.jobs.job import inside_any_engine
+from stepweave.loading.reading import listed
 from stepweave.parameters import MOST_LORA_SCALE, MOST_LORAS
 from stepweave.threads import DaemonExecutor
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
-_USUAL = "pytorch_lora_weights.safetensors"  # as diffusers saves one
-_CHUNK = 2**20
+RETRY_SECONDS = 10  # after a file could not be read
 # seconds for which adapters in memory stay in use while a job waits for their memory; then other
 # jobs that name them wait as well, so that it is freed
 _PATIENCE = 10.0
@@ -60,9 +64,10 @@ class Loras:
     Args:
         pipeline: a diffusers pipeline that takes LoRAs; LoadError is raised for another, and for
             one with compiled modules.
-        directory: each safetensors file in it, and each folder with one, is an adapter; it is read
-            again whenever a name is looked up.
+        directory: each safetensors file in it, and each folder with one, is an adapter.
         files: others, by name.
+        looks: whether the directory is read again whenever a name is looked up. If not, `look` does
+            so, and adapters are read and loaded from what there is then.
         max_bytes: of the adapters in memory, in use or not; one that is being read comes on top.
             The one that was not used for longest leaves, but none that a job uses.
         device: where adapters are kept; the pipeline's by default.
@@ -82,26 +87,28 @@ class Loras:
         max_bytes: int = MAX_BYTES,
         device: torch.device | None = None,
         twins: Mapping[str, Sequence[nn.Module]] | None = None,
+        looks: bool = True,
     ) -> None:
         check_takes_loras(pipeline)
         self._pipeline = pipeline
-        self._directory = None if directory is None else Path(directory)
-        self._files = dict(files or {})
+        self._files = LoraDirectory(None if directory is None else Path(directory), files or {})
+        self._looks = looks
         self._max_bytes = max_bytes
         own = getattr(pipeline, "_execution_device", "cpu")
         self._device = torch.device(own) if device is None else device
         self._twins = dict(twins or {})
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # the least recently used first
         self._removed: set[str] = set()
-        self._failed: dict[str, tuple[_Version, str]] = {}
+        self._failed: dict[str, tuple[LoraFile, str]] = {}
         self._numbers: dict[tuple[str, bytes], int] = {}
         self._living: WeakValueDictionary[int, Lora] = WeakValueDictionary()  # by their numbers
         self._leaving: list[_Kept] = []  # removed or replaced, but still in use
-        self._ignored: set[str] = set()
         self._loads = self._evictions = self._failures = 0
         self._seconds = 0.0
         self._reading = threading.Lock()  # one at a time
         self._reader = DaemonExecutor(1, "stepweave-lora")
+        self._looker = DaemonExecutor(1, "stepweave-lora-look")
+        self._next_look: Future[None] | None = None
         self._changed = threading.Condition()
         self._waiting: float | None = None  # since when one waits for memory
 
@@ -113,7 +120,7 @@ class Loras:
         """Raise what `choose` does for names and scales."""
         found = self._found()
         for name, _ in _checked(lora):
-            _place(name, found)
+            _file_of(name, found)
 
     def choose(
         self, lora: Iterable[tuple[str, float]], given_up: Callable[[], bool] = lambda: False
@@ -154,41 +161,50 @@ class Loras:
         long for memory."""
         wanted = _checked(lora)
         found = self._found()
-        versions = {name: _version_of(name, found) for name, _ in wanted}
+        files = {name: _file_of(name, found) for name, _ in wanted}
         with self._changed:
-            for name, version in versions.items():
-                self._check_usable(name, version)
+            for name, file in files.items():
+                if self._at_hand(name, file) is None:
+                    self._check_usable(name, file)
             if self._waiting is not None and time.monotonic() - self._waiting > _PATIENCE:
                 return None
             adapters = []
             for name, scale in wanted:
-                kept = self._kept.get(name)
-                if kept is None or kept.version != versions[name]:
+                adapter = self._at_hand(name, files[name])
+                if adapter is None:
                     return None
                 self._kept.move_to_end(name)
-                adapters.append((kept.adapter, scale))
+                adapters.append((adapter, scale))
             return self._in_use(adapters)
 
-    def load(self, name: str) -> Lora:
+    def load(self, name: str, given_up: Callable[[], bool] = lambda: False) -> Lora:
         """Have an adapter in memory, also one that was removed. Raises as `choose`."""
         with self._one_at_a_time():
-            removed = name in self._removed
-            self._removed.discard(name)
+            _check_wanted(given_up)
+            with self._changed:
+                removed = name in self._removed
+                self._removed.discard(name)
+            pinned: dict[Lora, Chosen] = {}
             try:
-                return self._read(name, {})
+                adapter = self._read(name, pinned, given_up)
+                _file_of(name, self._offered())  # it may have been removed meanwhile
+                return adapter
             except BaseException:
                 if removed:
-                    self._removed.add(name)
+                    with self._changed:
+                        self._removed.add(name)
                 raise
+            finally:
+                pinned.clear()
 
-    def load_later(self, name: str) -> Future[Lora]:
+    def load_later(self, name: str, given_up: Callable[[], bool]) -> Future[Lora]:
         """The same on a thread of its own."""
-        return self._reader.submit(self.load, name)
+        return self._reader.submit(self.load, name, given_up)
 
     def remove(self, name: str) -> None:
         """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
         it keep it. Raises LoraNotFoundError."""
-        _place(name, self._found())
+        _file_of(name, self._found())
         with self._changed:
             self._removed.add(name)
             self._let_go(name)
@@ -208,25 +224,33 @@ class Loras:
 
     # Files
 
-    def _found(self) -> dict[str, Path]:
-        """The files, by their adapters' names."""
-        found = dict(self._files)
-        for entry in _entries(self._directory):
-            name, file = _named(entry)
-            if file is None:
-                continue
-            if NAME.fullmatch(name):
-                found.setdefault(name, file)
-            elif entry.name not in self._ignored:
-                self._ignored.add(entry.name)
-                logger.warning(
-                    "%s is ignored: use 1 to 64 letters, digits and ._- in an adapter's name",
-                    shown(entry.name),
-                )
+    def look(self) -> None:
+        """Read the directory again, and let go of adapters whose files are gone."""
+        found = self._files.look()
         with self._changed:
-            for name in self._kept.keys() - found.keys():  # files that are gone
+            for name in self._kept.keys() - found.keys():
                 self._let_go(name)
-        return {name: file for name, file in found.items() if name not in self._removed}
+
+    def look_later(self) -> Future[None]:
+        """The same on a thread of its own, which may hang as the directory does. Those who ask
+        meanwhile share the next look."""
+        with self._changed:
+            waiting = self._next_look
+            if waiting is None or waiting.running() or waiting.done():
+                waiting = self._next_look = self._looker.submit(self.look)
+            return waiting
+
+    def _found(self) -> dict[str, LoraFile]:
+        """The files, by their adapters' names."""
+        if self._looks:
+            self.look()
+        return self._offered()
+
+    def _offered(self) -> dict[str, LoraFile]:
+        """The same by the last look."""
+        with self._changed:
+            found = self._files.found
+            return {name: file for name, file in found.items() if name not in self._removed}
 
     # Memory
 
@@ -250,33 +274,39 @@ class Loras:
         given_up: Callable[[], bool] = lambda: False,
     ) -> Lora:
         """An adapter in memory, which `pinned` then keeps there. Held: `_reading`."""
-        found = self._found()
-        version = _version_of(name, found)
+        self.look()
+        file = _file_of(name, self._offered())
         with self._changed:
-            kept = self._kept.get(name)
-            if kept is not None and kept.version == version:
+            known = self._at_hand(name, file)
+            if known is not None:
                 self._kept.move_to_end(name)
-                pinned[kept.adapter] = self._in_use([(kept.adapter, 1.0)])
-                return kept.adapter
-            self._check_usable(name, version)
+                pinned[known] = self._in_use([(known, 1.0)])
+                return known
+            self._check_usable(name, file)
         began = time.monotonic()
         try:
-            adapter = self._fresh(name, found[name], version)
+            adapter = self._fresh(name, file)
         except LoadError as error:
             message = f"The LoRA {shown(name)} cannot be used: {error.message}."
             with self._changed:
                 self._failures += 1
-                again = isinstance(error.__cause__, OSError)
-                if not again and _version_or_none(self._found().get(name)) == version:
-                    self._failed[name] = (version, message)
             logger.warning("%s", message)
+            if isinstance(error.__cause__, OSError):  # another try may succeed
+                raise _unreadable(name, error.message) from error
+            if self._files.look().get(name) == file:
+                with self._changed:
+                    self._failed[name] = (file, message)
             raise LoraError(message, param="lora") from error
         seconds = time.monotonic() - began
         with self._changed:
             self._let_go(name)
             self._make_room(adapter, pinned, given_up)
             self._failed.pop(name, None)
-            self._kept[name] = _Kept(adapter, version)
+            kept = _Kept(adapter, file)
+            if name in self._removed:  # meanwhile
+                self._leaving.append(kept)
+            else:
+                self._kept[name] = kept
             self._loads += 1
             self._seconds += seconds
             pinned[adapter] = self._in_use([(adapter, 1.0)])
@@ -288,29 +318,37 @@ class Loras:
         )  # fmt: skip
         return adapter
 
-    def _check_usable(self, name: str, version: _Version) -> None:
+    def _at_hand(self, name: str, file: LoraFile) -> Lora | None:
+        """The adapter of a file, if it is in memory. Held: `_changed`."""
+        kept = self._kept.get(name)
+        return kept.adapter if kept is not None and kept.file.same(file) else None
+
+    def _check_usable(self, name: str, file: LoraFile) -> None:
         """Raise LoraError for a file that is known to be no use: it is too large, or has failed
-        before. Held: `_changed`."""
+        before; UnavailableError for one that cannot be looked at. Held: `_changed`."""
+        if file.problem:
+            raise _unreadable(name, file.problem)
         failed = self._failed.get(name)
-        if failed is not None and failed[0] == version:
+        if failed is not None and failed[0] == file:
             raise LoraError(failed[1], param="lora")
-        if version.size > self._max_bytes:
+        if file.size > self._max_bytes:
             raise LoraError(
-                f"The LoRA {shown(name)} cannot be used: it has {version.size:,} bytes; the limit "
+                f"The LoRA {shown(name)} cannot be used: it has {file.size:,} bytes; the limit "
                 f"is {self._max_bytes:,}.",
                 param="lora",
             )
 
-    def _fresh(self, name: str, file: Path, version: _Version) -> Lora:
+    def _fresh(self, name: str, file: LoraFile) -> Lora:
         """Read an adapter. Raises LoadError."""
-        content = name, _digest(file)
+        path = file.path
+        content = name, digest(path)
         number = self._numbers.get(content) or next(_numbers)
         # layers know one adapter of a number: a second one would take the first one's place
         adapter = self._living.get(number) or read_lora(
-            file, name, number, self._pipeline, device=self._device, twins=self._twins
+            path, name, number, self._pipeline, device=self._device, twins=self._twins
         )
-        if _version(file) != version:
-            raise LoadError(f"{file.name} has changed while it was read; try again")
+        if self._files.look().get(name) != file:
+            raise LoadError(f"{path.name} has changed while it was read; try again")
         if adapter.bytes > self._max_bytes:
             raise LoadError(f"it takes {adapter.bytes:,} bytes; the limit is {self._max_bytes:,}")
         self._numbers[content] = number
@@ -368,9 +406,9 @@ class Loras:
         chosen = Chosen(adapters)
         with self._changed:
             for adapter, _ in adapters:
-                kept = self._kept.get(adapter.name)
-                if kept is not None and kept.adapter is adapter:
-                    kept.users.add(chosen)
+                for kept in (*self._kept.values(), *self._leaving):
+                    if kept.adapter is adapter:
+                        kept.users.add(chosen)
         weakref.finalize(chosen, self._notify).atexit = False
         return chosen
 
@@ -379,21 +417,12 @@ class Loras:
             self._changed.notify_all()
 
 
-@dataclass(frozen=True)
-class _Version:
-    """What tells a file from the one that was there before."""
-
-    inode: int
-    size: int
-    changed: int  # nanoseconds
-
-
 class _Kept:
     """An adapter in memory, and the jobs that use it."""
 
-    def __init__(self, adapter: Lora, version: _Version) -> None:
+    def __init__(self, adapter: Lora, file: LoraFile) -> None:
         self.adapter = adapter
-        self.version = version
+        self.file = file
         self.users: weakref.WeakSet[Chosen] = weakref.WeakSet()
 
 
@@ -422,62 +451,16 @@ def _check_wanted(given_up: Callable[[], bool]) -> None:
         raise LoraError("Nobody waits for these LoRAs any more.", param="lora")
 
 
-def _entries(directory: Path | None) -> list[Path]:
-    try:
-        return [] if directory is None else sorted(directory.iterdir())
-    except OSError as error:
-        logger.warning("the directory of LoRAs cannot be read: %s", error.strerror)
-        return []
-
-
-def _named(entry: Path) -> tuple[str, Path | None]:
-    """The name of an adapter, and its file; None if the entry is none. Only regular files are: who
-    opens a pipe waits."""
-    if entry.name.startswith("."):
-        return entry.name, None
-    if entry.is_dir():
-        files = sorted(filter(Path.is_file, entry.glob("*.safetensors")))
-        usual = [file for file in files if file.name == _USUAL]
-        return entry.name, (usual or (files if len(files) == 1 else [None]))[0]  # type: ignore[list-item]
-    return entry.stem, entry if entry.suffix == ".safetensors" and entry.is_file() else None
-
-
-def _place(name: str, found: Mapping[str, Path]) -> Path:
+def _file_of(name: str, found: Mapping[str, LoraFile]) -> LoraFile:
     """The file of an adapter, of those that were `found`. Raises LoraNotFoundError."""
-    if name in found:
-        return found[name]
-    hint = did_you_mean(name, found)
-    have = f"; this model has {', '.join(sorted(found)[:8])}" if found and not hint else ""
-    raise LoraNotFoundError(f"There is no LoRA {shown(name)}{hint}{have}.", param="lora")
+    if name not in found:
+        hint = did_you_mean(name, found)
+        have = f"; this model has {listed(sorted(found))}" if found and not hint else ""
+        raise LoraNotFoundError(f"There is no LoRA {shown(name)}{hint}{have}.", param="lora")
+    return found[name]
 
 
-def _version_of(name: str, found: Mapping[str, Path]) -> _Version:
-    try:
-        return _version(_place(name, found))
-    except OSError as error:
-        raise LoraError(f"The LoRA {shown(name)} cannot be read: {error.strerror}.") from None
-
-
-def _version(file: Path) -> _Version:
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return _Version(found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _version_or_none(file: Path | None) -> _Version | None:
-    try:
-        return None if file is None else _version(file)
-    except OSError:
-        return None
-
-
-def _digest(file: Path) -> bytes:
-    hasher = hashlib.blake2b(digest_size=16)
-    try:
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                hasher.update(chunk)
-    except OSError as error:
-        raise LoadError(f"{file.name}: {error.strerror}") from error
-    return hasher.digest()
+def _unreadable(name: str, problem: str) -> UnavailableError:
+    return UnavailableError(
+        f"The LoRA {shown(name)} cannot be read now: {problem}.", retry_after=RETRY_SECONDS
+    )

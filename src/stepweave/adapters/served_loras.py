@@ -15,8 +15,9 @@ from stepweave.adapters.beside import Added
 from stepweave.adapters.lora_files import takes_loras
 from stepweave.adapters.loras import Loras
 from stepweave.config import Settings
+from stepweave.config.components import REFINER
 from stepweave.config.loras import HubLora
-from stepweave.errors import LoadError
+from stepweave.errors import LoadError, shown
 from stepweave.loading.hub import explained
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,12 @@ def loras_of(
             max_bytes=settings.lora_bytes,
             device=device,
             twins=_twins(added),
+            looks=False,
         )
     if why := _why_none(settings, pipeline):
         raise LoadError(f"STEPWEAVE_LORAS: {why}")
     if places.directory is not None and not places.directory.is_dir():
-        raise LoadError(f"STEPWEAVE_LORAS: {places.directory.name!r} is no directory")
+        raise LoadError(f"STEPWEAVE_LORAS: {why_no_directory(places.directory)}")
     return Loras(
         pipeline,
         places.directory,
@@ -64,7 +66,16 @@ def loras_of(
         max_bytes=settings.lora_bytes,
         device=device,
         twins=_twins(added),
+        looks=False,
     )
+
+
+def why_no_directory(directory: Path) -> str:
+    """What is wrong with a directory of LoRAs that is none."""
+    if directory.is_file():
+        return f"{shown(str(directory))} is a file; name the directory that it is in"
+    hint = "; a hub id needs its commit: OWNER/NAME@COMMIT" if "/" in str(directory) else ""
+    return f"{shown(str(directory))} is no directory{hint}"
 
 
 def _why_none(settings: Settings, pipeline: Any) -> str | None:
@@ -84,7 +95,8 @@ def _why_none(settings: Settings, pipeline: Any) -> str | None:
 def _twins(added: Mapping[str, Added]) -> dict[str, list[nn.Module]]:
     """Modules of components with the same layers as the model's, by its name for these."""
     found: dict[str, list[nn.Module]] = {}
-    for one in added.values():
+    # a refiner's modules are those of another model
+    for one in (one for one in added.values() if one.field != REFINER):
         for name, part in one.parts.items():
             if name in ("unet", "transformer") and isinstance(part, nn.Module):
                 found.setdefault(name, []).append(part)
@@ -95,7 +107,10 @@ def _downloaded(name: str, one: HubLora) -> Path:
     """The file of a LoRA of the hub. Raises LoadError."""
     with explained(one.repository, one.commit):
         folder = snapshot_download(
-            one.repository, revision=one.commit, allow_patterns=[one.file or "*.safetensors"]
+            one.repository,
+            revision=one.commit,
+            allow_patterns=[one.file or "*.safetensors"],
+            ignore_patterns=None if one.file else ["*/*"],  # a whole model's
         )
     files = [Path(folder) / one.file] if one.file else sorted(Path(folder).glob("*.safetensors"))
     if len(files) != 1 or not files[0].is_file():

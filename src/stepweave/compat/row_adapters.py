@@ -60,7 +60,12 @@ class Chosen:
     """The adapters of one job, with their scales, in the order in which they are applied."""
 
     def __init__(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        self._adapters = [(adapter, scale) for adapter, scale in adapters if scale]
+        # one that is not proportional to its scale, such as DoRA, has an effect at 0, too
+        self._adapters = [
+            (adapter, scale)
+            for adapter, scale in adapters
+            if scale or not all(part.by_row for part in adapter.layers.values())
+        ]
         self._arguments: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
 
     def attach(self) -> None:

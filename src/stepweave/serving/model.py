@@ -337,6 +337,10 @@ class ServedModel:
             return None
         return self.names.check(model, param, () if self.loras is None else self.loras.names())
 
+    def may_name_lora(self, request: ImageRequest, model: str | None) -> bool:
+        """Whether a request names a LoRA, or perhaps, as its model."""
+        return bool(request.lora) or (model is not None and model not in self.names.listed)
+
     def _lora(self, request: ImageRequest, model: str | None) -> tuple[tuple[str, float], ...]:
         """The LoRAs of a request, also that which its model is called by. Raises NotFoundError, and
         InvalidRequestError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Hashable
 from functools import partial
@@ -66,6 +67,12 @@ class Server(Lifecycle):
         served.named(model, param)
         return served
 
+    async def look_for_loras(self) -> None:
+        """Have the model know the LoRAs that there are now. Not on the event loop, since the
+        directory may be on a network."""
+        if self.model is not None and self.model.loras is not None:
+            await asyncio.shield(asyncio.wrap_future(self.model.loras.look_later()))
+
     async def submit(self, submission: Submission) -> Followed:
         """Submit a request; returns its job, or the earlier job of its idempotency key. A place
         reserved in vain is given back. Raises what `accept` and `Jobs.start` do."""
@@ -94,6 +101,8 @@ class Server(Lifecycle):
         began = time.monotonic()
         request = submission.request
         served, _ = self.ready(submission.reservation)
+        if served.may_name_lora(request, submission.model):
+            await self.look_for_loras()
         parameters = served.resolve(
             request,
             n=submission.n,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +15,7 @@ from starlette.routing import Route
 from stepweave.api.answer_schemas import LoraList, LoraModel, LoraRemoved
 from stepweave.api.bodies import whole_body
 from stepweave.api.context import context_of
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.responses import answer
 from stepweave.api.schemas import parse, require_json
 from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
@@ -20,6 +23,7 @@ from stepweave.parameters import MAX_LORA_NAME
 from stepweave.serving.server import Server
 
 if TYPE_CHECKING:
+    from stepweave.adapters.lora_files import Lora
     from stepweave.adapters.loras import Loras
 
 
@@ -49,7 +53,7 @@ class LoraRoutes:
         ]
 
     async def list(self, request: Request) -> Response:
-        return answer(LoraList(data=described_loras(self.server)))
+        return answer(LoraList(data=await described_loras(self.server)))
 
     async def load(self, request: Request) -> Response:
         """Read a file of the directory into memory, and offer it if it was removed."""
@@ -57,13 +61,19 @@ class LoraRoutes:
         require_json(request.headers.get("content-type", ""))
         async with whole_body(request) as content:
             name = parse(content, LoraRequest).name
-        await asyncio.wrap_future(self._loras().load_later(name))
-        return answer(next(one for one in described_loras(self.server) if one.root == name))
+        left = threading.Event()
+        try:
+            loading = self._loras().load_later(name, left.is_set)
+            lora = await until_disconnect(request, _loaded(loading))
+        finally:
+            left.set()
+        return answer(_described(self.server, name, lora))
 
     async def remove(self, request: Request) -> Response:
         """Offer it no more; jobs that have it keep it."""
         self._check_admin(request)
         name = request.path_params["name"]
+        await self.server.look_for_loras()
         self._loras().remove(name)
         return answer(LoraRemoved(id=name))
 
@@ -89,22 +99,30 @@ class LoraRoutes:
             )
 
 
-def described_loras(server: Server) -> list[LoraModel]:
+async def _loaded(loading: Future[Lora]) -> Lora:
+    return await asyncio.wrap_future(loading)
+
+
+async def described_loras(server: Server) -> list[LoraModel]:
     """The LoRAs of the model, as models of which it is the parent."""
+    await server.look_for_loras()
     model, _ = server.ready()
     if model.loras is None:
         return []
     loaded = model.loras.loaded()
-    return [
-        LoraModel(
-            id=f"{model.id}:{name}",
-            created=server.created,
-            root=name,
-            parent=model.id,
-            loaded=name in loaded,
-            bytes=loaded[name].bytes if name in loaded else None,
-            rank=loaded[name].ranks[1] if name in loaded else None,
-            components=sorted(loaded[name].components) if name in loaded else None,
-        )
-        for name in model.loras.names()
-    ]
+    return [_described(server, name, loaded.get(name)) for name in model.loras.names()]
+
+
+def _described(server: Server, name: str, lora: Lora | None) -> LoraModel:
+    """A LoRA, and what is known of it if it is in memory."""
+    model, _ = server.ready()
+    return LoraModel(
+        id=f"{model.id}:{name}",
+        created=server.created,
+        root=name,
+        parent=model.id,
+        loaded=lora is not None,
+        bytes=None if lora is None else lora.bytes,
+        rank=None if lora is None else lora.ranks[1],
+        components=None if lora is None else sorted(lora.components),
+    )

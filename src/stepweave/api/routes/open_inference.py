@@ -106,7 +106,7 @@ class OpenInferenceRoutes:
         return answer(index(model.id, VERSION, unready, bool(asked.ready)))
 
     async def configuration(self, request: Request) -> Response:
-        model = self._model(request)
+        model = await self._model(request)
         accepted = accepted_inputs(model.arguments, model.fields)
         required = required_inputs(model.fields)
         return answer(configuration(model.id, _platform(model), accepted, required, OUTPUTS))
@@ -122,13 +122,13 @@ class OpenInferenceRoutes:
         return answer(bodies.Ready())
 
     async def model_ready(self, request: Request) -> Response:
-        model = self._model(request)
+        model = await self._model(request)
         if not self.server.health().ready:
             raise self.server.unavailable()
         return answer(bodies.ModelReady(name=model.id))
 
     async def model_metadata(self, request: Request) -> Response:
-        model = self._model(request)
+        model = await self._model(request)
         accepted = accepted_inputs(model.arguments, model.fields)
         metadata = bodies.ModelMetadata(
             name=model.id,
@@ -145,7 +145,7 @@ class OpenInferenceRoutes:
         return answer(metadata)
 
     async def infer(self, request: Request) -> Response:
-        model = self._model(request)
+        model = await self._model(request)
         require_json(request.headers.get("content-type", ""), *OTHER_TYPES)
         async with whole_body(request, text=False) as body:
             # off the loop: a body may be long
@@ -180,7 +180,7 @@ class OpenInferenceRoutes:
             content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)}
         )
 
-    def _model(self, request: Request) -> ServedModel:
+    async def _model(self, request: Request) -> ServedModel:
         """The model that the path names. Raises NotFoundError if it or its version is not the one
         that is served."""
         name, path = request.path_params["model"], request.scope["path"]
@@ -193,6 +193,7 @@ class OpenInferenceRoutes:
                 raise reason
             if name.startswith(tuple(f"{listed}/" for listed in served.names.listed)):
                 raise NotFoundError(f"There is nothing at {shown(path)}.", code="model_not_found")
+            await self.server.look_for_loras()
         model = self.server.named(name, param="model")
         version = request.path_params.get("version", VERSION)
         if version != VERSION:

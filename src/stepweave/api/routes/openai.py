@@ -182,14 +182,14 @@ class OpenAIRoutes:
         return await json_answer(await generation_of(made, base, jobs.files))
 
     async def models(self, request: Request) -> Response:
-        return answer(ModelList(data=[self._described(), *described_loras(self.server)]))
+        return answer(ModelList(data=[self._described(), *await described_loras(self.server)]))
 
     async def model(self, request: Request) -> Response:
         id = request.path_params["id"]
+        loras = {one.root: one for one in await described_loras(self.server)}
         lora = self.server.ready()[0].named(id)
-        if lora is None:
-            return answer(self._described())
-        return answer(next(one for one in described_loras(self.server) if one.root == lora))
+        # another request may have removed it meanwhile
+        return answer(self._described() if lora is None else loras.get(lora) or self._described())
 
     def _described(self) -> Model:
         model, engine = self.server.ready()
