@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -78,6 +79,37 @@ def test_requests_with_an_outline_obey_it(served: Served) -> None:
             headers={"Accept": "image/png"},
             timeout=SECONDS,
         )
+        assert answer.status_code == 200, answer.text
+        seen = look(Image.open(io.BytesIO(answer.content)))
+        assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
+
+
+def transparent(outline: Image.Image) -> bytes:
+    """An outline as drawing programs save it: white on nothing."""
+    lines = Image.new("RGBA", outline.size, "white")
+    lines.putalpha(outline.convert("L"))
+    lines.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def test_an_outline_on_nothing_is_one_on_black(served: Served) -> None:
+    outline = transparent(Image.open(EMBEDDED_MODEL / "outline.png"))
+    common = {"controlnet": "outlines", "prompt": "yellow on a purple background"}
+    url = f"data:image/png;base64,{base64.b64encode(outline).decode()}"
+    for answer in (
+        httpx.post(
+            f"{served.url}/v1/images/edits",
+            files={"control_image": ("outline.png", outline)},
+            data={**common, "seed": "4"},
+            headers={"Accept": "image/png"},
+            timeout=SECONDS,
+        ),
+        httpx.post(
+            f"{served.url}/generate",
+            json={**common, "seed": 4, "control_image": url},
+            timeout=SECONDS,
+        ),
+    ):
         assert answer.status_code == 200, answer.text
         seen = look(Image.open(io.BytesIO(answer.content)))
         assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, TypeVar
@@ -424,6 +425,8 @@ async def read_images(
     counts = Counter(file.name for file in form.files)
     served.check_counts(counts)
     leading = served.leading(counts)
+    hints = served.hints(counts)
+    files = [replace(file, is_hint=file.name in hints) for file in form.files]
 
     def fit(name: str, source: tuple[int, int], masked: bool) -> tuple[int, int]:
         if name != leading or name in OF_COMPONENTS:
@@ -432,5 +435,9 @@ async def read_images(
 
     with form.used():
         return await server.decoders.read_sources(
-            form.files, leading, fit, alpha=served.takes_alpha
+            files,
+            leading,
+            fit,
+            alpha=served.takes_alpha,
+            stencils=served.is_repainted(leading) and leading not in hints,
         )

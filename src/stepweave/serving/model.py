@@ -67,6 +67,8 @@ from stepweave.serving.inputs import (
     check_guides,
     check_images,
     check_named,
+    hint_names,
+    is_repainted,
     leading_image,
     leading_name,
     missing,
@@ -473,6 +475,14 @@ class ServedModel:
     def leading(self, given: Collection[str]) -> str:
         """Which of the images of a request decides about the size of its result."""
         return leading_name(given, self.pipelines.by_kind().values())
+
+    def hints(self, given: Collection[str]) -> frozenset[str]:
+        """Which of the images of a request guide a component, or the pipeline itself."""
+        return hint_names(given, self.pipelines.of(Kind(IMAGE_TO_IMAGE)))
+
+    def is_repainted(self, name: str) -> bool:
+        """Whether the transparency of an image of this name may say what is repainted."""
+        return is_repainted(name, self.pipelines.by_kind().values())
 
     @property
     def takes_alpha(self) -> bool:
