@@ -115,6 +115,43 @@ def test_an_outline_on_nothing_is_one_on_black(served: Served) -> None:
         assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
 
 
+def test_a_request_without_its_outline_is_told_where_to_send_it(served: Served) -> None:
+    common = {"controlnet": "outlines", "prompt": "yellow on a purple background"}
+    outline = (EMBEDDED_MODEL / "outline.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(outline).decode()}"
+    files = [
+        {"other": (None, b"")},  # a form all the same
+        {"control_image": ("outline.png", b"")},
+        {"control_image": ("", b"")},
+    ]
+    with httpx.Client(base_url=served.url, timeout=SECONDS) as client:
+        without = [
+            *(
+                client.post(path, data=common, files=each)
+                for path in ("/v1/images/edits", "/edit")
+                for each in files
+            ),
+            *(
+                client.post(path, json=common)
+                for path in ("/v1/images/edits", "/edit", "/v1/images/generations", "/generate")
+            ),
+        ]
+        edited = [
+            client.post("/v1/images/edits", data=common, files={"image": ("outline.png", sent)})
+            for sent in (outline, transparent(Image.open(io.BytesIO(outline))))
+        ]
+        edited.append(client.post("/generate", json={**common, "image": url}))
+    for answer in without:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "missing_field"), answer.text
+        assert error["param"] == "control_image"
+        assert error["message"].startswith("control_image is missing"), error
+    for answer in edited:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "controlnet"), answer.text
+        assert error["message"].endswith("send the image that guides it as control_image alone.")
+
+
 def test_it_is_listed(served: Served) -> None:
     (model, *_) = httpx.get(f"{served.url}/v1/models", timeout=SECONDS).json()["data"]
     (one,) = model["stepweave"]["components"]

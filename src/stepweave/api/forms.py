@@ -403,7 +403,10 @@ async def edit_of(
     form: Form, server: Server, body: ImageRequest, place: Reservation | None
 ) -> dict[str, Any]:
     """An edit's part of a submission. Its images are only decoded once they are needed: not for an
-    edit that joins another, or is refused for its key. Raises as `digest_of` does."""
+    edit that joins another, or is refused for its key. Raises as `digest_of` does, and by
+    its name for the image of a component."""
+    if not form.files:
+        server.ready(place)[0].check_shown(body)
     return {
         "files": await digest_of(form),
         "sources": partial(read_images, form, server, body.size, place),

@@ -134,7 +134,7 @@ def missing(
         f"{' and '.join(absent)} {verb} missing: {call.pipeline} makes images from "
         f"{', '.join(needs)}. Send them to /v1/images/edits as files, or as data URLs.",
         code="missing_field",
-        param="image" if absent[0] == call.image else absent[0],
+        param="image" if absent[0] == call.image and not guided else absent[0],
     )
 
 

@@ -462,6 +462,13 @@ class ServedModel:
                 )
         return pipeline
 
+    def check_shown(self, request: ImageRequest) -> None:
+        """Raise InvalidRequestError if a request without images names a component that needs
+        one."""
+        components = chosen(request.arguments(), self.pipelines.components())
+        if Kind(TEXT_TO_IMAGE, components).shown_images:
+            self.pipeline_for(None, components)
+
     def note_several(self, pipeline: Any, name: str) -> None:
         """Note that a pipeline takes several images of that name."""
         self.inputs.note_several(pipeline, name)
