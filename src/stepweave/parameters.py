@@ -29,7 +29,7 @@ Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=
 MOST_LORAS = 8  # of a request
 MOST_LORA_SCALE = 10.0
 MAX_LORA_NAME = 128  # characters
-_LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
+LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
 
 
 class LoraChoice(BaseModel):
@@ -49,13 +49,15 @@ def lora_text(values: Mapping[str, Any]) -> str:
 
 def _loras(value: Any) -> Any:
     """LoRAs as a list of objects, however they are written: `rings`, `rings:0.8,chalk`, a list of
-    such texts; in forms, JSON."""
+    such texts; in forms, JSON. An empty text is none, as in forms."""
     if isinstance(value, str):
+        if not value.strip():
+            return []
         if value.lstrip()[:1] in ("[", "{"):
             try:
                 value = from_json(value)
             except ValueError:
-                raise PydanticCustomError("lora", _LORA_TEXT) from None
+                raise PydanticCustomError("lora", LORA_TEXT) from None
         else:
             value = value.split(",")
     if isinstance(value, dict):
@@ -77,7 +79,7 @@ def _lora_of_text(text: str) -> dict[str, Any]:
     try:
         return {"name": name, "scale": float(scale)}
     except ValueError:
-        raise PydanticCustomError("lora", _LORA_TEXT) from None
+        raise PydanticCustomError("lora", LORA_TEXT) from None
 
 
 _LORA_SCHEMA: dict[str, Any] = {
@@ -98,14 +100,12 @@ _LORA_SCHEMA: dict[str, Any] = {
 Loras = Annotated[
     list[LoraChoice],
     BeforeValidator(_loras),
-    Field(min_length=1, max_length=MOST_LORAS),
+    Field(max_length=MOST_LORAS),
     WithJsonSchema(
         {
             "type": ["array", "string"],
             "items": {"anyOf": [_LORA_SCHEMA, {"type": "string", "minLength": 1}]},
-            "minItems": 1,
             "maxItems": MOST_LORAS,
-            "minLength": 1,
         }
     ),
 ]

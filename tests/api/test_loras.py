@@ -186,6 +186,39 @@ async def test_what_cannot_be_is_told_and_nothing_else_suffers(
         assert 'Lora: "rings:0.5"' in told
 
 
+async def test_nothing_is_no_lora_and_errors_name_their_element(files: dict[str, Path]) -> None:
+    rest = {name: value for name, value in BODY.items() if name not in ("prompt", "seed")}
+
+    async def infer(app: App, *lora: str) -> Exchange:
+        inputs = [
+            {"name": "prompt", "datatype": "BYTES", "shape": [2], "data": [PROMPT] * 2},
+            {"name": "lora", "datatype": "BYTES", "shape": [len(lora)], "data": list(lora)},
+        ]
+        message = json.dumps({"inputs": inputs, "parameters": rest}).encode()
+        return await app.send("POST", "/v2/models/shapes/infer", message, JSON).done()
+
+    async with server(files["rings"].parent) as app:
+        for nothing in ([], "", " "):
+            answered = await app.post(**{**BODY, "lora": nothing}).done()
+            assert answered.status == 200, answered.content
+            assert "lora" not in answered.json()["parameters"]
+        answered = await infer(app, "rings:0.5", "")
+        assert answered.status == 200, answered.content
+        first, second = (json.loads(one) for one in answered.json()["outputs"][1]["data"])
+        assert (first["lora"], "lora" in second) == (BOTH[:1], False)
+        for wrong, status, told in (
+            ("ring", 404, "no LoRA 'ring'"),
+            ("rings:11", 400, "lora.0.scale is 11"),
+            ("rings,rings", 400, "'rings' is named twice"),
+        ):
+            refused = await infer(app, "rings", wrong)
+            assert refused.status == status, refused.content
+            assert refused.json()["error"].startswith("Tensor 'lora': element 1: ")
+            assert told in refused.json()["error"]
+            alone = await infer(app, wrong)
+            assert alone.status == status and told in alone.json()["error"], alone.content
+
+
 @pytest.mark.full
 async def test_names_of_star_take_any_model_but_no_unknown_lora(files: dict[str, Path]) -> None:
     async with server(files["rings"].parent, model_names=("*",)) as app:
