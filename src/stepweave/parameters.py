@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
@@ -29,6 +30,9 @@ Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=
 MOST_LORAS = 8  # of a request
 MOST_LORA_SCALE = 10.0
 MAX_LORA_NAME = 128  # characters
+# what other programs call a LoRA's scale
+_SCALES = ("weight", "strength", "multiplier", "alpha")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
 
 
@@ -63,23 +67,32 @@ def _loras(value: Any) -> Any:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        return value
+        raise PydanticCustomError("lora", LORA_TEXT)
     if len(value) > MOST_LORAS:  # before each of them becomes an error
         raise PydanticCustomError(
             "lora", "{count} LoRAs; the limit is {limit}",
             {"count": len(value), "limit": MOST_LORAS},
         )  # fmt: skip
-    return [_lora_of_text(item) if isinstance(item, str) else item for item in value]
+    return [_lora(item) for item in value]
+
+
+def _lora(item: Any) -> dict[str, Any]:
+    if isinstance(item, str):
+        item = _lora_of_text(item)
+    if not isinstance(item, dict) or not item.get("name") or item.keys() - {"name", "scale"}:
+        given = item if isinstance(item, dict) else ()
+        other = next((name for name in given if name in _SCALES), None)
+        hint = "" if other is None else f"; {other} is called scale here"
+        raise PydanticCustomError("lora", "{told}", {"told": LORA_TEXT + hint})
+    return item
 
 
 def _lora_of_text(text: str) -> dict[str, Any]:
-    name, colon, scale = text.strip().partition(":")
-    if not colon:
-        return {"name": name}
-    try:
+    """`NAME` or `NAME:SCALE`. A name may have the model's before a colon."""
+    name, colon, scale = (part.strip() for part in text.rpartition(":"))
+    if colon and _NUMBER.fullmatch(scale):
         return {"name": name, "scale": float(scale)}
-    except ValueError:
-        raise PydanticCustomError("lora", LORA_TEXT) from None
+    return {"name": text.strip()}
 
 
 _LORA_SCHEMA: dict[str, Any] = {
@@ -87,7 +100,7 @@ _LORA_SCHEMA: dict[str, Any] = {
     "properties": {
         "name": {
             "type": "string", "minLength": 1, "maxLength": MAX_LORA_NAME,
-            "description": "As `GET /v1/loras` lists it.",
+            "description": "As `GET /v1/loras` lists it, or `GET /v1/models` does.",
         },
         "scale": {
             "type": "number", "minimum": -MOST_LORA_SCALE, "maximum": MOST_LORA_SCALE, "default": 1,

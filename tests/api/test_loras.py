@@ -156,6 +156,17 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "other:rings"}, 404, "model_not_found", "There is no model 'other:rings'"),
     ({"lora": [{"name": "rings", "scale": 11}]}, 400, "invalid_value", "lora.0.scale is 11"),
     ({"lora": "rings:much"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": "rings:1_0"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": "rings:\u0661"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": {"rings": 1}}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": [["rings", 0.5]]}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": 5}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": "rings,"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": [5, None]}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": {"name": "rings", "weight": 1}}, 400, "invalid_value", "weight is called scale"),
+    ({"lora": "shapes:ring:0.8"}, 404, "lora_not_found", "no LoRA 'ring' (did you mean rings?)"),
+    ({"lora": "shapes:rings,rings"}, 400, "invalid_value", "'rings' is named twice"),
+    ({"lora[][name]": "rings"}, 400, "unknown_field", "send NAME, NAME:SCALE"),
     ({"lora": ["rings"] * 9}, 400, "invalid_value", "9 LoRAs; the limit is 8"),
     ({"lora": "rings,rings"}, 400, "invalid_value", "'rings' is named twice"),
     ({"model": "rings", "lora": "rings"}, 400, "invalid_value", "'rings' is named twice"),
@@ -174,6 +185,14 @@ async def test_what_cannot_be_is_told_and_nothing_else_suffers(
             refused = await app.post(**{**BODY, **fields}).done()
             assert (refused.status, refused.error["code"]) == (status, code), refused.content
             assert message in refused.error["message"]
+        for lora in (
+            " rings : 0.5 ",
+            "shapes:rings:5e-1",
+            ["shapes:rings:.5"],
+            {"name": "shapes:rings", "scale": 0.5},
+        ):
+            answered = await app.post(**{**BODY, "lora": lora}).done()
+            assert answered.json()["parameters"]["lora"] == BOTH[:1], answered.content
         # numbers that the model's dtype holds, but not what it makes of them
         save_lora(tmp_path / "huge.safetensors", shapes, {"transformer": ("to_v",)}, size=1e30)
         refused = await app.post(**{**BODY, "lora": "huge:2"}).done()

@@ -32,6 +32,7 @@ from stepweave.loading.sizes import (
 )
 from stepweave.loading.trials import Limits
 from stepweave.parameters import (
+    LORA_TEXT,
     MAX_SEED,
     OPTIONAL_ARGUMENTS,
     OWN_TIMES,
@@ -351,8 +352,18 @@ class ServedModel:
                 param="lora", code="unsupported",
             )  # fmt: skip
         if given and self.loras is not None:
+            given = [(self._named_lora(name), scale) for name, scale in given]
             self.loras.check(given)
         return tuple(given)
+
+    def _named_lora(self, name: str) -> str:
+        if ":" not in name:  # the usual case, which needs no look at a directory
+            return name
+        known = () if self.loras is None else self.loras.names()
+        found = self.names.lora(name, known)
+        if found is None:
+            raise InvalidRequestError(f"lora is {shown(name)}: {LORA_TEXT}.", param="lora")
+        return found
 
     def _check_names(self, given: Collection[str], kind: Kind, pipeline: Any) -> None:
         """Raise InvalidRequestError for an argument that only another kind of request has."""

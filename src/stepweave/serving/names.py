@@ -48,6 +48,14 @@ class ModelNames:
             raise NotFoundError(self.refusal(name, loras), code="model_not_found", param=param)
         return None
 
+    def lora(self, name: str, loras: Collection[str]) -> str | None:
+        """The LoRA that a request names so, as `rings` or `shapes:rings`, whether it is one of
+        `loras` or not; None if what comes before a colon is no name of the model."""
+        base, colon, lora = name.rpartition(":")
+        if not colon or base in self.listed or (lora in loras and self.take(base)):
+            return lora
+        return None
+
     def refusal(self, name: str, loras: Collection[str] = ()) -> str:
         """Why a request may not use this name, and what to do."""
         if ":" not in name and (hint := did_you_mean(name, loras)):
