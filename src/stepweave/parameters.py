@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -47,8 +48,13 @@ class LoraChoice(BaseModel):
 
 def lora_text(values: Mapping[str, Any]) -> str:
     """The LoRAs of an image's parameters as one text, as requests may write them:
-    `rings:0.8,chalk:1`; empty if it has none."""
-    return ",".join(f"{one['name']}:{one['scale']:g}" for one in values.get("lora", ()))
+    `rings:0.8,chalk:1`; empty if it has none. Read again, they have the same scales."""
+    return ",".join(f"{one['name']}:{plain(one['scale'])}" for one in values.get("lora", ()))
+
+
+def plain(number: float) -> str:
+    """A number exactly, in digits."""
+    return format(Decimal(repr(float(number))), "f").removesuffix(".0")
 
 
 def _loras(value: Any) -> Any:
