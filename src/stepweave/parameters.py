@@ -28,6 +28,14 @@ SIZE = r"^[1-9][0-9]*x[1-9][0-9]*$"
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
+# fields that name components beside the model, and the argument that says how much each counts
+COMPONENTS = {
+    "controlnet": "controlnet_conditioning_scale",
+    "t2i_adapter": "adapter_conditioning_scale",
+    "ip_adapter": "ip_adapter_scale",
+    "refiner": None,
+    "vae": None,
+}
 MOST_LORAS = 8  # of a request
 MOST_LORA_SCALE = 10.0
 MAX_LORA_NAME = 128  # characters
@@ -50,6 +58,17 @@ def lora_text(values: Mapping[str, Any]) -> str:
     """The LoRAs of an image's parameters as one text, as requests may write them:
     `rings:0.8,chalk:1`; empty if it has none. Read again, they have the same scales."""
     return ",".join(f"{one['name']}:{plain(one['scale'])}" for one in values.get("lora", ()))
+
+
+def component_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """The components of an image's parameters, and their scales, as texts of names and numbers, by
+    the requests' fields."""
+    found = {}
+    for name in (*COMPONENTS, *filter(None, COMPONENTS.values())):
+        if (value := values.get(name)) is not None:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            found[name] = ",".join(one if isinstance(one, str) else plain(one) for one in several)
+    return found
 
 
 def plain(number: float) -> str:
@@ -246,6 +265,7 @@ class Parameters:
     lora: tuple[tuple[str, float], ...] = ()  # names and scales, in order
     # names of components beside the model, by the request's field
     components: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    scales: tuple[tuple[str, Any], ...] = ()  # of these, where the request sets none
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of image `index`, for answers and metadata of files."""
@@ -266,6 +286,7 @@ class Parameters:
             values["lora"] = [{"name": name, "scale": scale} for name, scale in self.lora]
         for name, names in self.components:
             values[name] = names[0] if len(names) == 1 else list(names)
+        values.update(self.scales)
         given = self.arguments.items()
         # of what JSON has no value for, such as a tensor, a text about it
         return values | {

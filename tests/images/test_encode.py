@@ -79,3 +79,20 @@ def test_scales_of_loras_are_exact(image: Image.Image, scale: float, text: str) 
     assert read is not None and read[0].scale == scale
     told = reopen(encode(image, "png", values, "shapes")).info["parameters"]
     assert f'Lora: "rings:{text}"' in told
+
+
+def test_what_guided_an_image_is_told_with_its_scale(image: Image.Image) -> None:
+    guided = {
+        "controlnet": ["outlines", "depth"],
+        "controlnet_conditioning_scale": [0.8, 1.0],
+        "ip_adapter": "faces",
+    }
+    told = reopen(encode(image, "png", {**VALUES, **guided}, "shapes")).info["parameters"]
+    assert (
+        'ControlNet 0: "Module: none, Model: outlines, Weight: 0.8", '
+        'ControlNet 1: "Module: none, Model: depth, Weight: 1", '
+        'ControlNet 2: "Module: none, Model: faces", '
+    ) in told
+    one = {**VALUES, **guided, "controlnet_conditioning_scale": 0.5}
+    told = reopen(encode(image, "png", one, "shapes")).info["parameters"]
+    assert told.count("Weight: 0.5") == 2, "one scale is for all"

@@ -111,6 +111,10 @@ def test_an_outline_on_nothing_is_one_on_black(served: Served) -> None:
         ),
     ):
         assert answer.status_code == 200, answer.text
+        told = {name.removeprefix("x-stepweave-"): text for name, text in answer.headers.items()}
+        assert (told["controlnet"], told["controlnet-conditioning-scale"]) == ("outlines", "1")
+        text = Image.open(io.BytesIO(answer.content)).info["parameters"]
+        assert 'ControlNet 0: "Module: none, Model: outlines, Weight: 1"' in text
         seen = look(Image.open(io.BytesIO(answer.content)))
         assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
 

@@ -45,6 +45,7 @@ from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.arguments import (
     resolve_arguments,
     resolve_steps,
+    scales_of,
     with_components,
     work_limits,
 )
@@ -327,6 +328,7 @@ class ServedModel:
             sources=sources,
             arguments=given,
             components=components,
+            scales=scales_of(components, given, pipeline, self.preset),
             lora=lora,
             **passed,
         )
