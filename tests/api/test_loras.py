@@ -238,6 +238,25 @@ async def test_nothing_is_no_lora_and_errors_name_their_element(files: dict[str,
             assert alone.status == status and told in alone.json()["error"], alone.content
 
 
+async def test_a_name_of_star_that_is_like_a_loras_is_told(files: dict[str, Path]) -> None:
+    async with server(files["rings"].parent, model_names=("*",)) as app:
+        for model, warnings in (
+            ("ringz", ["model is 'ringz', taken as shapes; did you mean the LoRA rings?"]),
+            ("gpt-image-1", []),
+            ("shapes", []),
+            ("rings", []),
+            ("x:rings", []),
+        ):
+            answered = await app.post(**{**BODY, "model": model}).done()
+            assert answered.status == 200, answered.content
+            assert answered.json()["warnings"] == warnings, model
+        inputs = [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": [PROMPT]}]
+        message = json.dumps({"inputs": inputs, "parameters": {"num_inference_steps": STEPS}})
+        inferred = await app.send("POST", "/v2/models/ringz/infer", message.encode(), JSON).done()
+        (told,) = (json.loads(one) for one in inferred.json()["outputs"][1]["data"])
+        assert "did you mean the LoRA rings?" in told["warnings"][0]
+
+
 @pytest.mark.full
 async def test_names_of_star_take_any_model_but_no_unknown_lora(files: dict[str, Path]) -> None:
     async with server(files["rings"].parent, model_names=("*",)) as app:

@@ -342,6 +342,12 @@ class ServedModel:
             return None
         return self.names.check(model, param, () if self.loras is None else self.loras.names())
 
+    def doubts(self, model: str | None) -> list[str]:
+        """Warnings about a name of a model that requests may use, and perhaps did not mean."""
+        if model is None or self.loras is None or model in self.names.listed:
+            return []
+        return self.names.doubts(model, self.loras.names())
+
     def _lora(self, request: ImageRequest, model: str | None) -> tuple[tuple[str, float], ...]:
         """The LoRAs of a request, also that which its model is called by. Raises NotFoundError, and
         InvalidRequestError."""

@@ -153,7 +153,8 @@ class OpenInferenceRoutes:
             # off the loop: a body may be long
             message, images = await on_thread(None, self._read, request, body, model)
         outputs = requested_outputs(message)
-        warnings = tuple(ignored_parameters(message, model.fields))
+        doubts = model.doubts(request.path_params["model"])
+        warnings = (*doubts, *ignored_parameters(message, model.fields))
         asked = "\n".join(image.model_dump_json(exclude_none=True) for image, _ in images)
         submissions = []
         for i, (image, files) in enumerate(images):
