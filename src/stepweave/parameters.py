@@ -38,7 +38,8 @@ COMPONENTS = {
 }
 MOST_LORAS = 8  # of a request
 MOST_LORA_SCALE = 10.0
-MAX_LORA_NAME = 128  # characters
+MAX_LORA_NAME = 64  # characters
+MAX_NAMED_LORA = 200 + len(":") + MAX_LORA_NAME  # with the model's name before it
 # what other programs call a LoRA's scale
 _SCALES = ("weight", "strength", "multiplier", "alpha")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -50,7 +51,7 @@ class LoraChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = Field(min_length=1, max_length=MAX_LORA_NAME)
+    name: str = Field(min_length=1, max_length=MAX_NAMED_LORA)
     scale: float = Field(1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)
 
 
@@ -124,8 +125,9 @@ _LORA_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {
-            "type": "string", "minLength": 1, "maxLength": MAX_LORA_NAME,
-            "description": "As `GET /v1/loras` lists it, or `GET /v1/models` does.",
+            "type": "string", "minLength": 1, "maxLength": MAX_NAMED_LORA,
+            "description": f"As `GET /v1/loras` lists it, up to {MAX_LORA_NAME} characters, or as "
+            "`GET /v1/models` does, behind the model's name.",
         },
         "scale": {
             "type": "number", "minimum": -MOST_LORA_SCALE, "maximum": MOST_LORA_SCALE, "default": 1,

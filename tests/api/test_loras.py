@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepweave.config.components import NAME
 from stepweave.config.loras import LoraPlaces
+from stepweave.config.values import MAX_NAME
+from stepweave.parameters import MAX_LORA_NAME, MAX_NAMED_LORA
 from tests.support.asgi import App, Exchange, serving
 from tests.support.loras import plain, save_lora, shapes
 
@@ -324,7 +327,12 @@ async def test_only_an_administrators_key_loads_and_removes(
         assert (await load("rings", admin)).status == 200
         assert await ask() == 200
         for name in ("ring", "../keys", str(files["rings"]), "rings.safetensors"):
-            assert (await load(name, admin)).status == 404
+            assert (await load(name, admin)).status == (404 if len(name) <= MAX_LORA_NAME else 400)
+
+
+async def test_the_longest_names_that_there_are_may_be_sent() -> None:
+    assert NAME.fullmatch("x" * MAX_LORA_NAME) and not NAME.fullmatch("x" * (MAX_LORA_NAME + 1))
+    assert MAX_NAMED_LORA == len(f"{'x' * MAX_NAME}:{'x' * MAX_LORA_NAME}")
 
 
 async def test_without_keys_none_is_loaded_or_removed(files: dict[str, Path]) -> None:
