@@ -161,6 +161,8 @@ def test_it_is_listed(served: Served) -> None:
     (one,) = model["stepweave"]["components"]
     assert (one["name"], one["field"], one["image"]) == ("outlines", "controlnet", "control_image")
     assert "outline" in one["description"]
+    arguments = {one["name"]: one["description"] for one in model["stepweave"]["arguments"]}
+    assert arguments["controlnet"].endswith("white on black."), "not with two full stops"
 
 
 @pytest.mark.full

@@ -86,7 +86,7 @@ def with_components(
         what = _WHAT.get(field) or f"Which {GUIDES[field]} guides the image, by `control_image`"
         told = "; ".join(
             f"`{name}` is {type(added.model).__name__}"
-            + (f", {added.description}" if added.description else "")
+            + (f", {added.description.removesuffix('.')}" if added.description else "")
             for name, added in known.items()
         )
         argument = Argument(
