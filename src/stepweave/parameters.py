@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -26,10 +28,22 @@ SIZE = r"^[1-9][0-9]*x[1-9][0-9]*$"
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
+# fields that name components beside the model, and the argument that says how much each counts
+COMPONENTS = {
+    "controlnet": "controlnet_conditioning_scale",
+    "t2i_adapter": "adapter_conditioning_scale",
+    "ip_adapter": "ip_adapter_scale",
+    "refiner": None,
+    "vae": None,
+}
 MOST_LORAS = 8  # of a request
 MOST_LORA_SCALE = 10.0
-MAX_LORA_NAME = 128  # characters
-_LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
+MAX_LORA_NAME = 64  # characters
+MAX_NAMED_LORA = 200 + len(":") + MAX_LORA_NAME  # with the model's name before it
+# what other programs call a LoRA's scale
+_SCALES = ("weight", "strength", "multiplier", "alpha")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+LORA_TEXT = 'send NAME, NAME:SCALE, or a list of {"name": NAME, "scale": SCALE}'
 
 
 class LoraChoice(BaseModel):
@@ -37,7 +51,7 @@ class LoraChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = Field(min_length=1, max_length=MAX_LORA_NAME)
+    name: str = Field(min_length=1, max_length=MAX_NAMED_LORA)
     scale: float = Field(1.0, ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)
 
 
@@ -48,49 +62,77 @@ def applied(lora: Sequence[tuple[str, float]]) -> int:
 
 def lora_text(values: Mapping[str, Any]) -> str:
     """The LoRAs of an image's parameters as one text, as requests may write them:
-    `rings:0.8,chalk:1`; empty if it has none."""
-    return ",".join(f"{one['name']}:{one['scale']:g}" for one in values.get("lora", ()))
+    `rings:0.8,chalk:1`; empty if it has none. Read again, they have the same scales."""
+    return ",".join(f"{one['name']}:{plain(one['scale'])}" for one in values.get("lora", ()))
+
+
+def component_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """The components of an image's parameters, and their scales, as texts of names and numbers, by
+    the requests' fields."""
+    found = {}
+    for name in (*COMPONENTS, *filter(None, COMPONENTS.values())):
+        if (value := values.get(name)) is not None:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            found[name] = ",".join(one if isinstance(one, str) else plain(one) for one in several)
+    return found
+
+
+def plain(number: float) -> str:
+    """A number exactly, in digits."""
+    return format(Decimal(repr(float(number))), "f").removesuffix(".0")
 
 
 def _loras(value: Any) -> Any:
     """LoRAs as a list of objects, however they are written: `rings`, `rings:0.8,chalk`, a list of
-    such texts; in forms, JSON."""
+    such texts; in forms, JSON. An empty text is none, as in forms."""
     if isinstance(value, str):
+        if not value.strip():
+            return []
         if value.lstrip()[:1] in ("[", "{"):
             try:
                 value = from_json(value)
             except ValueError:
-                raise PydanticCustomError("lora", _LORA_TEXT) from None
+                raise PydanticCustomError("lora", LORA_TEXT) from None
         else:
             value = value.split(",")
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        return value
+        raise PydanticCustomError("lora", LORA_TEXT)
     if len(value) > MOST_LORAS:  # before each of them becomes an error
         raise PydanticCustomError(
             "lora", "{count} LoRAs; the limit is {limit}",
             {"count": len(value), "limit": MOST_LORAS},
         )  # fmt: skip
-    return [_lora_of_text(item) if isinstance(item, str) else item for item in value]
+    return [_lora(item) for item in value]
+
+
+def _lora(item: Any) -> dict[str, Any]:
+    if isinstance(item, str):
+        item = _lora_of_text(item)
+    if not isinstance(item, dict) or not item.get("name") or item.keys() - {"name", "scale"}:
+        given = item if isinstance(item, dict) else ()
+        other = next((name for name in given if name in _SCALES), None)
+        hint = "" if other is None else f"; {other} is called scale here"
+        raise PydanticCustomError("lora", "{told}", {"told": LORA_TEXT + hint})
+    return item
 
 
 def _lora_of_text(text: str) -> dict[str, Any]:
-    name, colon, scale = text.strip().partition(":")
-    if not colon:
-        return {"name": name}
-    try:
+    """`NAME` or `NAME:SCALE`. A name may have the model's before a colon."""
+    name, colon, scale = (part.strip() for part in text.rpartition(":"))
+    if colon and _NUMBER.fullmatch(scale):
         return {"name": name, "scale": float(scale)}
-    except ValueError:
-        raise PydanticCustomError("lora", _LORA_TEXT) from None
+    return {"name": text.strip()}
 
 
 _LORA_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {
-            "type": "string", "minLength": 1, "maxLength": MAX_LORA_NAME,
-            "description": "As `GET /v1/loras` lists it.",
+            "type": "string", "minLength": 1, "maxLength": MAX_NAMED_LORA,
+            "description": f"As `GET /v1/loras` lists it, up to {MAX_LORA_NAME} characters, or as "
+            "`GET /v1/models` does, behind the model's name.",
         },
         "scale": {
             "type": "number", "minimum": -MOST_LORA_SCALE, "maximum": MOST_LORA_SCALE, "default": 1,
@@ -103,14 +145,12 @@ _LORA_SCHEMA: dict[str, Any] = {
 Loras = Annotated[
     list[LoraChoice],
     BeforeValidator(_loras),
-    Field(min_length=1, max_length=MOST_LORAS),
+    Field(max_length=MOST_LORAS),
     WithJsonSchema(
         {
             "type": ["array", "string"],
             "items": {"anyOf": [_LORA_SCHEMA, {"type": "string", "minLength": 1}]},
-            "minItems": 1,
             "maxItems": MOST_LORAS,
-            "minLength": 1,
         }
     ),
 ]
@@ -232,6 +272,7 @@ class Parameters:
     lora: tuple[tuple[str, float], ...] = ()  # names and scales, in order
     # names of components beside the model, by the request's field
     components: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    scales: tuple[tuple[str, Any], ...] = ()  # of these, where the request sets none
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of image `index`, for answers and metadata of files."""
@@ -252,6 +293,7 @@ class Parameters:
             values["lora"] = [{"name": name, "scale": scale} for name, scale in self.lora]
         for name, names in self.components:
             values[name] = names[0] if len(names) == 1 else list(names)
+        values.update(self.scales)
         given = self.arguments.items()
         # of what JSON has no value for, such as a tensor, a text about it
         return values | {

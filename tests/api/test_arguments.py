@@ -335,6 +335,8 @@ def test_a_preset_sets_a_default_and_bounds(in_process: Make) -> None:
          "negative_prompt: it has no effect without guidance; true_cfg_scale is 1."),
         ({"true_cfg_scale": 3.0}, "true_cfg_scale: it has no effect without negative_prompt"),
         ({"prompt": "a (large:1.3) ring"}, "prompt: '(large:1.3)' is passed to the model as it is"),
+        ({"prompt": "a ring <lora:pastel:0.5>"}, "named in the field lora, as 'pastel' or"),
+        ({"negative_prompt": "<Lora: pale>"}, "negative_prompt: '<Lora: pale>' is passed to"),
         ({"partial_images": 2}, NO_STREAM),
     ],
 )  # fmt: skip
@@ -685,7 +687,8 @@ def test_bentomls_clients_are_told_of_arguments_and_images(
     assert (generate["required"], edit["required"]) == ([], [])
     assert edit["properties"]["guide_image"]["type"] == "file"
     assert edit["properties"]["images"]["type"] == "array"
-    assert "guide_image" not in generate["properties"]
+    assert {"type": "string"} in generate["properties"]["guide_image"]["anyOf"], "no file in JSON"
+    assert "strength" in generate["properties"]
     assert edit["properties"]["image"] == FILE, "what BentoML says of its own stays"
 
 

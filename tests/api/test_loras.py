@@ -18,7 +18,10 @@ import pytest
 from PIL import Image
 
 from stepweave.adapters import loras
+from stepweave.config.components import NAME
 from stepweave.config.loras import LoraPlaces
+from stepweave.config.values import MAX_NAME
+from stepweave.parameters import MAX_LORA_NAME, MAX_NAMED_LORA
 from tests.support.asgi import App, Exchange, serving
 from tests.support.loras import plain, save_lora, shapes
 
@@ -159,6 +162,17 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "other:rings"}, 404, "model_not_found", "There is no model 'other:rings'"),
     ({"lora": [{"name": "rings", "scale": 11}]}, 400, "invalid_value", "lora.0.scale is 11"),
     ({"lora": "rings:much"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": "rings:1_0"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": "rings:\u0661"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": {"rings": 1}}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": [["rings", 0.5]]}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": 5}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": "rings,"}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": [5, None]}, 400, "invalid_value", "send NAME, NAME:SCALE"),
+    ({"lora": {"name": "rings", "weight": 1}}, 400, "invalid_value", "weight is called scale"),
+    ({"lora": "shapes:ring:0.8"}, 404, "lora_not_found", "no LoRA 'ring' (did you mean rings?)"),
+    ({"lora": "shapes:rings,rings"}, 400, "invalid_value", "'rings' is named twice"),
+    ({"lora[][name]": "rings"}, 400, "unknown_field", "send NAME, NAME:SCALE"),
     ({"lora": ["rings"] * 9}, 400, "invalid_value", "9 LoRAs; the limit is 8"),
     ({"lora": "rings,rings"}, 400, "invalid_value", "'rings' is named twice"),
     ({"model": "rings", "lora": "rings"}, 400, "invalid_value", "'rings' is named twice"),
@@ -177,6 +191,14 @@ async def test_what_cannot_be_is_told_and_nothing_else_suffers(
             refused = await app.post(**{**BODY, **fields}).done()
             assert (refused.status, refused.error["code"]) == (status, code), refused.content
             assert message in refused.error["message"]
+        for lora in (
+            " rings : 0.5 ",
+            "shapes:rings:5e-1",
+            ["shapes:rings:.5"],
+            {"name": "shapes:rings", "scale": 0.5},
+        ):
+            answered = await app.post(**{**BODY, "lora": lora}).done()
+            assert answered.json()["parameters"]["lora"] == BOTH[:1], answered.content
         # numbers that the model's dtype holds, but not what it makes of them
         save_lora(tmp_path / "huge.safetensors", shapes, {"transformer": ("to_v",)}, size=1e30)
         refused = await app.post(**{**BODY, "lora": "huge:2"}).done()
@@ -187,6 +209,58 @@ async def test_what_cannot_be_is_told_and_nothing_else_suffers(
         assert dict(image.headers)["x-stepweave-lora"] == "rings:0.5"
         told = Image.open(io.BytesIO(image.content)).info["parameters"]
         assert 'Lora: "rings:0.5"' in told
+
+
+async def test_nothing_is_no_lora_and_errors_name_their_element(files: dict[str, Path]) -> None:
+    rest = {name: value for name, value in BODY.items() if name not in ("prompt", "seed")}
+
+    async def infer(app: App, *lora: str) -> Exchange:
+        inputs = [
+            {"name": "prompt", "datatype": "BYTES", "shape": [2], "data": [PROMPT] * 2},
+            {"name": "lora", "datatype": "BYTES", "shape": [len(lora)], "data": list(lora)},
+        ]
+        message = json.dumps({"inputs": inputs, "parameters": rest}).encode()
+        return await app.send("POST", "/v2/models/shapes/infer", message, JSON).done()
+
+    async with server(files["rings"].parent) as app:
+        for nothing in ([], "", " "):
+            answered = await app.post(**{**BODY, "lora": nothing}).done()
+            assert answered.status == 200, answered.content
+            assert "lora" not in answered.json()["parameters"]
+        answered = await infer(app, "rings:0.5", "")
+        assert answered.status == 200, answered.content
+        first, second = (json.loads(one) for one in answered.json()["outputs"][1]["data"])
+        assert (first["lora"], "lora" in second) == (BOTH[:1], False)
+        for wrong, status, told in (
+            ("ring", 404, "no LoRA 'ring'"),
+            ("rings:11", 400, "lora.0.scale is 11"),
+            ("rings,rings", 400, "'rings' is named twice"),
+        ):
+            refused = await infer(app, "rings", wrong)
+            assert refused.status == status, refused.content
+            assert refused.json()["error"].startswith("Tensor 'lora': element 1: ")
+            assert told in refused.json()["error"]
+            alone = await infer(app, wrong)
+            assert alone.status == status and told in alone.json()["error"], alone.content
+
+
+async def test_a_name_of_star_that_is_like_a_loras_is_told(files: dict[str, Path]) -> None:
+    async with server(files["rings"].parent, model_names=("*",)) as app:
+        for model, warnings in (
+            ("ringz", ["model is 'ringz', taken as shapes; did you mean the LoRA rings?"]),
+            ("gpt-image-1", []),
+            ("shapes", []),
+            ("rings", []),
+            ("x:rings", []),
+        ):
+            answered = await app.post(**{**BODY, "model": model}).done()
+            assert answered.status == 200, answered.content
+            assert answered.json()["warnings"] == warnings, model
+        inputs = [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": [PROMPT]}]
+        message = json.dumps({"inputs": inputs, "parameters": {"num_inference_steps": STEPS}})
+        inferred = await app.send("POST", "/v2/models/ringz/infer", message.encode(), JSON).done()
+        (told,) = (json.loads(one) for one in inferred.json()["outputs"][1]["data"])
+        assert "did you mean the LoRA rings?" in told["warnings"][0]
 
 
 @pytest.mark.full
@@ -256,7 +330,12 @@ async def test_only_an_administrators_key_loads_and_removes(
         assert (await load("rings", admin)).status == 200
         assert await ask() == 200
         for name in ("ring", "../keys", str(files["rings"]), "rings.safetensors"):
-            assert (await load(name, admin)).status == 404
+            assert (await load(name, admin)).status == (404 if len(name) <= MAX_LORA_NAME else 400)
+
+
+async def test_the_longest_names_that_there_are_may_be_sent() -> None:
+    assert NAME.fullmatch("x" * MAX_LORA_NAME) and not NAME.fullmatch("x" * (MAX_LORA_NAME + 1))
+    assert MAX_NAMED_LORA == len(f"{'x' * MAX_NAME}:{'x' * MAX_LORA_NAME}")
 
 
 async def test_who_does_not_wait_is_answered_before_a_lora_is_read(

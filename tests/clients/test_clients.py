@@ -23,10 +23,12 @@ from bentoml.exceptions import BentoMLException, InvalidArgument
 from PIL import Image
 
 import stepweave
+from stepweave.config import EMBEDDED_MODEL
 from tests.support.environment import ROOT, clean_environment
 from tests.support.in_process import InProcess, listening
 from tests.support.served import Served
 from tests.support.waiting import SECONDS
+from tools.shapes.checker import look
 
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 NODE = ROOT / ".venv-node"  # where npm has installed what tests/clients/node asks for
@@ -231,6 +233,27 @@ def test_bentomls_clients_raise_what_the_server_says(
         assert (type(error), error.error_code) == (InvalidArgument, 400)
         assert told in str(error) or "prompt is missing" in str(error), str(error)
         assert json.loads(str(error))["error"]["param"] in fields
+
+
+def test_bentomls_clients_send_what_guides_a_controlnet(served: Served) -> None:
+    outline = EMBEDDED_MODEL / "outline.png"
+    url = f"data:image/png;base64,{base64.b64encode(outline.read_bytes()).decode()}"
+    common = {"prompt": "yellow on a purple background", "controlnet": "outlines", "seed": 4}
+    with bentoml.SyncHTTPClient(served.url, timeout=SECONDS) as client:
+        made = [
+            client.edit(control_image=outline, **common),
+            client.edit(control_image=Image.open(io.BytesIO(outline.read_bytes())), **common),
+            client.generate(control_image=url, **common),
+        ]
+        events = "".join(client.generate_stream(control_image=url, **common))
+    for image in (*made, Image.open(io.BytesIO(base64.b64decode(_last_image(events))))):
+        seen = look(image)
+        assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
+
+
+def _last_image(events: str) -> str:
+    lines = [line for line in events.splitlines() if line.startswith("data: {")]
+    return str(json.loads(lines[-1].removeprefix("data: "))["b64_json"])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from stepweave.images.encode import encode
-from stepweave.parameters import OutputFormat
+from stepweave.parameters import ImageRequest, OutputFormat, lora_text
 
 VALUES: dict[str, Any] = {
     "prompt": "a red circle",
@@ -65,3 +65,34 @@ def test_the_longest_prompts_fit_into_jpeg(image: Image.Image) -> None:
     exif = reopen(encode(image, "jpeg", values, "shapes")).getexif()
     comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
     assert comment[8:].decode("utf-16-be").startswith("🔴" * 7000)
+
+
+@pytest.mark.parametrize(
+    ("scale", "text"),
+    [(1.0, "1"), (-0.5, "-0.5"), (0.12345678, "0.12345678"), (1e-7, "0.0000001"), (10.0, "10"),
+     (0.1 + 0.2, "0.30000000000000004")],
+)  # fmt: skip
+def test_scales_of_loras_are_exact(image: Image.Image, scale: float, text: str) -> None:
+    values = {**VALUES, "lora": [{"name": "rings", "scale": scale}]}
+    assert lora_text(values) == f"rings:{text}"
+    read = ImageRequest(prompt="x", lora=lora_text(values)).lora  # type: ignore[arg-type]
+    assert read is not None and read[0].scale == scale
+    told = reopen(encode(image, "png", values, "shapes")).info["parameters"]
+    assert f'Lora: "rings:{text}"' in told
+
+
+def test_what_guided_an_image_is_told_with_its_scale(image: Image.Image) -> None:
+    guided = {
+        "controlnet": ["outlines", "depth"],
+        "controlnet_conditioning_scale": [0.8, 1.0],
+        "ip_adapter": "faces",
+    }
+    told = reopen(encode(image, "png", {**VALUES, **guided}, "shapes")).info["parameters"]
+    assert (
+        'ControlNet 0: "Module: none, Model: outlines, Weight: 0.8", '
+        'ControlNet 1: "Module: none, Model: depth, Weight: 1", '
+        'ControlNet 2: "Module: none, Model: faces", '
+    ) in told
+    one = {**VALUES, **guided, "controlnet_conditioning_scale": 0.5}
+    told = reopen(encode(image, "png", one, "shapes")).info["parameters"]
+    assert told.count("Weight: 0.5") == 2, "one scale is for all"

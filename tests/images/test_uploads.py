@@ -443,3 +443,20 @@ def test_transparency_is_kept_for_a_model_that_takes_it() -> None:
     assert uploads.read_sources(files, leading="image", max_pixels=LIMIT).mask is None
     one = uploads_of(image=clear)
     assert uploads.read_sources(one, leading="image", max_pixels=LIMIT).mask is not None
+
+
+def test_the_transparency_of_a_hint_is_black_and_no_mask() -> None:
+    outline = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    outline.paste((255, 255, 255, 255), (0, 0, 2, 2))
+    files = [Upload("control_image", file_of(outline), is_hint=True), *uploads_of(image=outline)]
+    for some, alpha in ((files[:1], False), (files, False), (files, True)):
+        found = uploads.read_sources(
+            some, leading="control_image", max_pixels=LIMIT, alpha=alpha, stencils=False
+        )
+        assert found.mask is None
+        (hint,) = found.images["control_image"]
+        assert hint.mode == "RGB"
+        assert (hint.getpixel((0, 0)), hint.getpixel((7, 7))) == ((255, 255, 255), (0, 0, 0))
+    found = uploads.read_sources(files, leading="image", max_pixels=LIMIT)
+    assert found.mask is not None, "of the image that is edited"
+    assert found.images["image"][0].getpixel((7, 7)) == (255, 255, 255)

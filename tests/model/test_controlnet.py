@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -83,11 +84,85 @@ def test_requests_with_an_outline_obey_it(served: Served) -> None:
         assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
 
 
+def transparent(outline: Image.Image) -> bytes:
+    """An outline as drawing programs save it: white on nothing."""
+    lines = Image.new("RGBA", outline.size, "white")
+    lines.putalpha(outline.convert("L"))
+    lines.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def test_an_outline_on_nothing_is_one_on_black(served: Served) -> None:
+    outline = transparent(Image.open(EMBEDDED_MODEL / "outline.png"))
+    common = {"controlnet": "outlines", "prompt": "yellow on a purple background"}
+    url = f"data:image/png;base64,{base64.b64encode(outline).decode()}"
+    for answer in (
+        httpx.post(
+            f"{served.url}/v1/images/edits",
+            files={"control_image": ("outline.png", outline)},
+            data={**common, "seed": "4"},
+            headers={"Accept": "image/png"},
+            timeout=SECONDS,
+        ),
+        httpx.post(
+            f"{served.url}/generate",
+            json={**common, "seed": 4, "control_image": url},
+            timeout=SECONDS,
+        ),
+    ):
+        assert answer.status_code == 200, answer.text
+        told = {name.removeprefix("x-stepweave-"): text for name, text in answer.headers.items()}
+        assert (told["controlnet"], told["controlnet-conditioning-scale"]) == ("outlines", "1")
+        text = Image.open(io.BytesIO(answer.content)).info["parameters"]
+        assert 'ControlNet 0: "Module: none, Model: outlines, Weight: 1"' in text
+        seen = look(Image.open(io.BytesIO(answer.content)))
+        assert (seen.shape, seen.horizontal, seen.vertical) == ("star", "left", "top"), seen
+
+
+def test_a_request_without_its_outline_is_told_where_to_send_it(served: Served) -> None:
+    common = {"controlnet": "outlines", "prompt": "yellow on a purple background"}
+    outline = (EMBEDDED_MODEL / "outline.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(outline).decode()}"
+    files = [
+        {"other": (None, b"")},  # a form all the same
+        {"control_image": ("outline.png", b"")},
+        {"control_image": ("", b"")},
+    ]
+    with httpx.Client(base_url=served.url, timeout=SECONDS) as client:
+        without = [
+            *(
+                client.post(path, data=common, files=each)
+                for path in ("/v1/images/edits", "/edit")
+                for each in files
+            ),
+            *(
+                client.post(path, json=common)
+                for path in ("/v1/images/edits", "/edit", "/v1/images/generations", "/generate")
+            ),
+        ]
+        edited = [
+            client.post("/v1/images/edits", data=common, files={"image": ("outline.png", sent)})
+            for sent in (outline, transparent(Image.open(io.BytesIO(outline))))
+        ]
+        edited.append(client.post("/generate", json={**common, "image": url}))
+    for answer in without:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "missing_field"), answer.text
+        assert error["param"] == "control_image"
+        assert error["message"].startswith("control_image is missing"), error
+    for answer in edited:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "controlnet"), answer.text
+        assert error["message"].endswith("send the image that guides it as control_image alone.")
+
+
 def test_it_is_listed(served: Served) -> None:
     (model, *_) = httpx.get(f"{served.url}/v1/models", timeout=SECONDS).json()["data"]
     (one,) = model["stepweave"]["components"]
     assert (one["name"], one["field"], one["image"]) == ("outlines", "controlnet", "control_image")
     assert "outline" in one["description"]
+    arguments = {one["name"]: one["description"] for one in model["stepweave"]["arguments"]}
+    assert arguments["controlnet"].endswith("white on black."), "not with two full stops"
 
 
 @pytest.mark.full

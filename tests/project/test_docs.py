@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.environment import ROOT
+from tools.shapes.checker import wrong_parts
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,6 @@ def test_the_blocks_of_a_document_run_in_order(
     for block in blocks:
         exec(compile(block, document, "exec"), names)
     assert len(names["images"]) == images  # type: ignore[arg-type]
+    if document == "docs/engine.md":  # the first example's, with its settings
+        for image in names["images"]:  # type: ignore[attr-defined]
+            assert wrong_parts(image, "a large red star on a blue background") == []

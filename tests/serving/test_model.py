@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from stepweave.errors import InvalidRequestError, LoadError
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.sizes import nearest_size
 from stepweave.planning.cost import CostModel
+from stepweave.serving.inputs import hint_names, is_repainted
 from stepweave.serving.kinds import IMAGE_TO_IMAGE, INPAINTING, Kind
 from stepweave.serving.model import ServedModel
 from stepweave.serving.warm_up import WarmUp, warm_up
@@ -483,3 +485,19 @@ def test_the_jobs_of_a_warm_up_start_together() -> None:
         with mock.patch.object(engine, "submit", slowly):
             WarmUp(model, engine).run_together((64, 64), 4)
     assert waiting == [0] * 4 and pipeline.record.steps_run == 2 + 3 + 4 + 2
+
+
+def test_only_what_an_edit_begins_with_is_repainted_where_it_is_transparent() -> None:
+    guided = diffusers.StableDiffusionControlNetPipeline
+    edits = [diffusers.StableDiffusionPipeline, diffusers.StableDiffusionInpaintPipeline, guided]
+    assert is_repainted("image", edits)
+    for name in ("control_image", "ip_adapter_image", "example_image"):
+        assert not is_repainted(name, edits), name
+    assert is_repainted("original_image", [diffusers.IFInpaintingSuperResolutionPipeline])
+    given = ("image", "control_image", "ip_adapter_image", "ip_adapter_mask")
+    of_components = {"control_image", "ip_adapter_mask"}
+    assert hint_names(given, diffusers.StableDiffusionImg2ImgPipeline) == of_components
+    assert hint_names(["image"], diffusers.StableDiffusionImg2ImgPipeline) == set()
+    assert hint_names(["image"], guided) == {"image"}, "of a model that is guided itself"
+    assert hint_names(given, guided) == of_components
+    assert hint_names(["image"], None) == set()

@@ -10,7 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
-from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat, ResolvedParameters, lora_text
+from stepweave.parameters import (
+    MEDIA_TYPES,
+    ImageFile,
+    OutputFormat,
+    ResolvedParameters,
+    component_texts,
+    lora_text,
+)
 from stepweave.resource import without_del
 from stepweave.serving.jobs import Followed
 from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
@@ -136,18 +143,21 @@ def image_answer(answer: Answer) -> Response:
     """The first image's file.
 
     All parameters are in headers but prompts, and other texts and lists of the pipeline: proxies
-    limit the length of a header, and the file has them. LoRAs are one text. `X-Stepweave-Flagged`
+    limit the length of a header, and the file has them. LoRAs are one text, and components too.
+    `X-Stepweave-Flagged`
     is "true" for an image that the pipeline's safety checker flagged. Warnings, if there are any,
     are in `X-Stepweave-Warnings`.
     """
     file = answer.images[0]
     headers = {
-        f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
+        _header(name): "true" if value is True else str(value)
         for name, value in file.values.items()
         if "prompt" not in name
         and not isinstance(value, list)
         and (name in ResolvedParameters.model_fields or isinstance(value, (int, float)))
     }
+    for name, text in component_texts(file.values).items():
+        headers[_header(name)] = text
     if lora := lora_text(file.values):
         headers["X-Stepweave-Lora"] = lora
     if file.flagged:
@@ -155,6 +165,10 @@ def image_answer(answer: Answer) -> Response:
     if answer.details.warnings:
         headers["X-Stepweave-Warnings"] = warnings_header(answer.details.warnings)
     return Response(file.data, media_type=MEDIA_TYPES[file.output_format], headers=headers)
+
+
+def _header(name: str) -> str:
+    return f"X-Stepweave-{name.replace('_', '-').title()}"
 
 
 def warnings_header(warnings: list[str]) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, TypeVar
@@ -402,7 +403,10 @@ async def edit_of(
     form: Form, server: Server, body: ImageRequest, place: Reservation | None
 ) -> dict[str, Any]:
     """An edit's part of a submission. Its images are only decoded once they are needed: not for an
-    edit that joins another, or is refused for its key. Raises as `digest_of` does."""
+    edit that joins another, or is refused for its key. Raises as `digest_of` does, and by
+    its name for the image of a component."""
+    if not form.files:
+        server.ready(place)[0].check_shown(body)
     return {
         "files": await digest_of(form),
         "sources": partial(read_images, form, server, body.size, place),
@@ -424,6 +428,8 @@ async def read_images(
     counts = Counter(file.name for file in form.files)
     served.check_counts(counts)
     leading = served.leading(counts)
+    hints = served.hints(counts)
+    files = [replace(file, is_hint=file.name in hints) for file in form.files]
 
     def fit(name: str, source: tuple[int, int], masked: bool) -> tuple[int, int]:
         if name != leading or name in OF_COMPONENTS:
@@ -432,5 +438,9 @@ async def read_images(
 
     with form.used():
         return await server.decoders.read_sources(
-            form.files, leading, fit, alpha=served.takes_alpha
+            files,
+            leading,
+            fit,
+            alpha=served.takes_alpha,
+            stencils=served.is_repainted(leading) and leading not in hints,
         )

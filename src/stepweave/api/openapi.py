@@ -208,7 +208,8 @@ def _as_form(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
             if key != "anyOf" and (key, value) != ("default", None)
         }
         properties[name] = {**(_first_type(field) if "anyOf" in field else {}), **values}
-    return {**schema, "properties": properties, "required": ["image", *schema.get("required", ())]}
+    image = ["image"] if fields.needs_image else []
+    return {**schema, "properties": properties, "required": [*image, *schema.get("required", ())]}
 
 
 def _limit(schemas: dict[str, Any], server: Server) -> None:

@@ -40,7 +40,7 @@ from stepweave.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
-from stepweave.parameters import ImageRequest, ResolvedParameters
+from stepweave.parameters import COMPONENTS, ImageRequest, ResolvedParameters
 from stepweave.serving.names import ModelNames
 from stepweave.serving.resources import Error, Generation, JobView
 
@@ -159,6 +159,12 @@ def image_headers() -> dict[str, Any]:
         for name in ResolvedParameters.model_fields
         if name not in others and "prompt" not in name and name != "lora"
     }
+    for component, scale in COMPONENTS.items():
+        for name, told in ((component, "Names"), (scale, "Scales")):
+            if name is not None:
+                headers[f"X-Stepweave-{name.replace('_', '-').title()}"] = header(
+                    f"{told} of components beside the model, separated by commas."
+                )
     headers["X-Stepweave-Lora"] = header("LoRAs with their scales: `rings:0.8,chalk:1`.")
     flagged = header("Of an image that the pipeline's safety checker flagged.", const="true")
     return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER

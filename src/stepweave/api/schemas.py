@@ -18,7 +18,7 @@ from stepweave.errors import (
     did_you_mean,
     shown,
 )
-from stepweave.parameters import ImageRequest, ResponseFormat
+from stepweave.parameters import LORA_TEXT, ImageRequest, ResponseFormat
 from stepweave.threads import on_thread
 
 MAX_PARTIAL_IMAGES = 3
@@ -363,6 +363,13 @@ def refused_field(name: str, schema: type[BaseModel] | None) -> InvalidRequestEr
 
 def _unknown(param: str | None, schema: type[BaseModel] | None) -> InvalidRequestError:
     known = [] if schema is None else list(schema.model_fields)
+    if param is not None and param.startswith("lora[") and "lora" in known:
+        # members of forms, as `lora[][name]`
+        return InvalidRequestError(
+            f"Unknown field {shown(param)}; in lora, {LORA_TEXT}.",
+            code="unknown_field",
+            param=param[:SHOWN],
+        )
     meant = MEANT.get(param or "")
     hint = f" (did you mean {meant}?)" if meant in known else did_you_mean(param or "", known)
     if param is not None and NEVER.search(param):

@@ -44,6 +44,11 @@ class RequestFields:
         return {name: one for name, one in self.images.items() if name not in self.same}
 
     @property
+    def needs_image(self) -> bool:
+        """Whether every edit has an `image`, since no other image can do without it."""
+        return not self.files.keys() - {"image", "mask"}
+
+    @property
     def tensors(self) -> dict[str, Argument]:
         """The arguments that are tensors."""
         known = {name: one.argument for name, one in self.arguments.items()}

@@ -126,7 +126,8 @@ class Settings(BaseSettings):
         None,
         description="LoRAs that requests may name: a directory, each of whose `.safetensors` files "
         "and folders is one; and, separated by commas, `NAME=OWNER/REPOSITORY@COMMIT:FILE` of the "
-        "hub. Unset: the model's own directory `loras`, if it has one.",
+        "hub. They replace the model's own, which are those of its directory `loras`, if it has "
+        "one.",
     )
     lora_bytes: int = Field(
         2**30,

@@ -37,12 +37,10 @@ def main(descriptor: int, max_pixels: int) -> None:
         while True:
             asked = json.loads(connection.recv_bytes())
             files = [
-                Upload(file["name"], connection.recv_bytes(), file["is_mask"])
-                for file in asked["files"]
+                Upload(file.pop("name"), connection.recv_bytes(), **file) for file in asked["files"]
             ]
             signal.alarm(LAST_SECONDS)
-            options = {"leading": asked["leading"], "alpha": asked["alpha"]}
-            for message in _answer(connection, files, options, max_pixels):
+            for message in _answer(connection, files, asked["options"], max_pixels):
                 connection.send_bytes(message)
             signal.alarm(0)
 

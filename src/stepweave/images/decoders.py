@@ -59,6 +59,7 @@ class UploadedFile:
     name: str
     content: bytes | BinaryIO
     is_mask: bool = False
+    is_hint: bool = False  # guides a component, and has a black background
 
 
 class Decoders:
@@ -81,6 +82,7 @@ class Decoders:
         fit: Fit = as_it_is,
         *,
         alpha: bool = False,
+        stencils: bool = True,
     ) -> Sources:
         """Call `uploads.read_sources` in a process, which is ended if the awaiting task is
         cancelled. Files are read only when a process is free, to save memory. `fit` is called on
@@ -92,7 +94,7 @@ class Decoders:
         """
         with self._lock:
             self._check_open()
-        task = _Task(files, leading, fit, alpha=alpha)
+        task = _Task(files, leading, fit, alpha=alpha, stencils=stencils)
         self.waiting += 1
         try:
             return await on_thread(self._threads, self._run, task)
@@ -175,9 +177,10 @@ class _Task:
         fit: Fit = as_it_is,
         *,
         alpha: bool = False,
+        stencils: bool = True,
     ) -> None:
         self._files = files
-        self._options = {"leading": leading, "alpha": alpha}
+        self._options = {"leading": leading, "alpha": alpha, "stencils": stencils}
         self._fit = fit
         self.ended: str | None = None  # the reason: cancelled or slow
         self._process: _Process | None = None  # runs the task
@@ -265,8 +268,10 @@ class _Process:
         OSError if it dies."""
         self.usable = False
         connection = self._connection
-        told = [{"name": file.name, "is_mask": file.is_mask} for file in files]
-        connection.send_bytes(json.dumps({"files": told, **options}).encode())
+        told = [
+            {"name": file.name, "is_mask": file.is_mask, "is_hint": file.is_hint} for file in files
+        ]
+        connection.send_bytes(json.dumps({"files": told, "options": options}).encode())
         for file in files:
             content = file.content
             if isinstance(content, bytes):

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stepweave import __version__
 from stepweave.errors import InvalidRequestError
-from stepweave.parameters import OutputFormat, lora_text
+from stepweave.parameters import COMPONENTS, OutputFormat, component_texts, lora_text
 
 # limits of the encoders, in pixels
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
@@ -26,7 +26,7 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
     lines = [values.get("prompt", "")]
     if values.get("negative_prompt"):
         lines.append(f"Negative prompt: {values['negative_prompt']}")
-    fields = {
+    fields: dict[str, Any] = {
         "Steps": values["num_inference_steps"],
         "CFG scale": values.get("guidance_scale"),
         "Seed": values["seed"],
@@ -34,10 +34,29 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
         "Model": model,
         # texts with commas are quoted
         "Lora": json.dumps(lora) if (lora := lora_text(values)) else None,
+        **_units(values),
         "Version": f"stepweave {__version__}",
     }
     known = [f"{name}: {value}" for name, value in fields.items() if value is not None]
     return "\n".join([*lines, ", ".join(known)])
+
+
+def _units(values: dict[str, Any]) -> dict[str, str]:
+    """What guides an image, as the web UI's extension for ControlNets writes it, a unit each."""
+    texts, units = component_texts(values), []
+    for field, scale in COMPONENTS.items():
+        if scale is None or field not in texts:
+            continue
+        names, scales = texts[field].split(","), texts.get(scale, "").split(",")
+        if len(scales) != len(names):  # one for all
+            scales = scales[:1] * len(names)
+        units += list(zip(names, scales, strict=True))
+    return {
+        f"ControlNet {i}": json.dumps(
+            f"Module: none, Model: {name}" + (f", Weight: {scale}" if scale else "")
+        )
+        for i, (name, scale) in enumerate(units)
+    }
 
 
 def check_file(

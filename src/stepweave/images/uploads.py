@@ -54,6 +54,7 @@ class Upload:
     name: str
     data: bytes
     is_mask: bool = False
+    is_hint: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ def read_sources(
     max_pixels: int,
     fit: Fit | None = None,
     alpha: bool = False,
+    stencils: bool = True,
 ) -> Sources:
     """Decode the images of a request: in sRGB, rotated by their EXIF orientation, and scaled to the
     size that `fit` returns; without `fit` they keep their size. Masks are scaled to the size of the
-    image named `leading`, whose transparency is the mask if there is no other, and one such
-    image. The module `masks` has the rule of what is repainted. With `alpha`, images are RGBA, and
-    their transparency is no mask.
+    image named `leading`, whose transparency is the mask if there is no other, one such image, and
+    `stencils`. The module `masks` has the rule of what is repainted. With `alpha`, images are RGBA,
+    and their transparency is no mask. What is transparent in a hint is black, as its background is,
+    and white in other images.
 
     Raises InvalidRequestError, with the file in `param`, UnsupportedMediaTypeError for another
     format, and errors of `fit`; also if all images together have more than `max_pixels`.
@@ -89,6 +92,7 @@ def read_sources(
     found: dict[str, tuple[Image.Image, ...]] = {}
     warnings: list[str] = []
     lead: _Decoded | None = None
+    stencils = stencils and not alpha and not masked
     stencil: Image.Image | None = None
     left = max_pixels
     for file in sorted(files, key=lambda file: (file.is_mask, file.name != leading)):
@@ -105,7 +109,7 @@ def read_sources(
             return (
                 size
                 if fit is None
-                else fit(name, size, repaints or (leads and one and holes and not alpha))
+                else fit(name, size, repaints or (leads and one and holes and stencils))
             )
 
         decoded = _decode(file.data, label, left, fitted)
@@ -118,9 +122,12 @@ def read_sources(
         if leads:
             lead = decoded
             # of several references none is repainted
-            if not masked and not alpha and one and masks.has_holes(decoded.alpha):
+            if stencils and one and masks.has_holes(decoded.alpha):
                 stencil = masks.of_alpha(decoded.image)
-        image = decoded.image.convert("RGBA") if alpha else _flat(decoded.image)
+        if alpha and not file.is_hint:
+            image = decoded.image.convert("RGBA")
+        else:
+            image = _flat(decoded.image, "black" if file.is_hint else "white")
         found[file.name] = (*found.get(file.name, ()), image)
     if stencil is not None:
         found["mask"] = (stencil,)
@@ -295,8 +302,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """The image in RGB, on a white background."""
+def _flat(image: Image.Image, background: str) -> Image.Image:
+    """The image in RGB, on a background of this colour."""
     if image.mode == "RGB":
         return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")

@@ -22,7 +22,7 @@ from stepweave.config import Settings
 from stepweave.config.components import GUIDES, IP_ADAPTER, REFINER, VAE
 from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError
-from stepweave.parameters import OWN_TIMES
+from stepweave.parameters import COMPONENTS, OWN_TIMES
 from stepweave.planning.workload import multiplies_work
 from stepweave.serving.kinds import (
     IP_ADAPTER_IMAGE,
@@ -30,6 +30,7 @@ from stepweave.serving.kinds import (
     IP_ADAPTER_SCALE,
     MOST_TOGETHER,
     REFINER_START,
+    Chosen,
 )
 
 MOST_SCALE = 10.0  # of an IP-Adapter
@@ -85,7 +86,7 @@ def with_components(
         what = _WHAT.get(field) or f"Which {GUIDES[field]} guides the image, by `control_image`"
         told = "; ".join(
             f"`{name}` is {type(added.model).__name__}"
-            + (f", {added.description}" if added.description else "")
+            + (f", {added.description.removesuffix('.')}" if added.description else "")
             for name, added in known.items()
         )
         argument = Argument(
@@ -134,6 +135,24 @@ def resolve_arguments(
                 f"{name} is missing: {call.pipeline} needs it.", code="missing_field", param=name
             )
     return dict(given)
+
+
+def scales_of(
+    components: Chosen, given: Mapping[str, Any], pipeline: Any, preset: Preset
+) -> tuple[tuple[str, Any], ...]:
+    """How much each of a request's components counts where the request does not say, as its files
+    tell it."""
+    known = described(pipeline).arguments
+    found = []
+    for field, _ in components:
+        name = COMPONENTS[field]
+        if name is None or name in given:
+            continue
+        own = _SCALE.default if name == IP_ADAPTER_SCALE else None
+        value = preset.call.get(name, known[name].default if name in known else own)
+        if value is not None:
+            found.append((name, value))
+    return tuple(found)
 
 
 def resolve_steps(

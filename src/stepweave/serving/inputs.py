@@ -15,7 +15,13 @@ from stepweave.calls import CONTROL_IMAGE, CallDescription, described
 from stepweave.config.components import GUIDES, IP_ADAPTER
 from stepweave.errors import InvalidRequestError
 from stepweave.parameters import Sources
-from stepweave.serving.kinds import IP_ADAPTER_IMAGE, IP_ADAPTER_MASK, Chosen, Kind
+from stepweave.serving.kinds import (
+    IP_ADAPTER_IMAGE,
+    IP_ADAPTER_MASK,
+    OF_COMPONENTS,
+    Chosen,
+    Kind,
+)
 
 Size = tuple[int, int]
 
@@ -128,7 +134,7 @@ def missing(
         f"{' and '.join(absent)} {verb} missing: {call.pipeline} makes images from "
         f"{', '.join(needs)}. Send them to /v1/images/edits as files, or as data URLs.",
         code="missing_field",
-        param="image" if absent[0] == call.image else absent[0],
+        param="image" if absent[0] == call.image and not guided else absent[0],
     )
 
 
@@ -173,6 +179,29 @@ def leading_name(given: Collection[str], pipelines: Iterable[Any]) -> str:
             if call.scaled is not None and call.name_of(name) == call.scaled:
                 return name
     return "image" if "image" in given else next(iter(given))
+
+
+def hint_names(given: Collection[str], edits: Any) -> frozenset[str]:
+    """Which of the images of a request, by its names, guide a component; also what a pipeline for
+    edits that is itself guided calls `image`."""
+    found = {CONTROL_IMAGE, IP_ADAPTER_MASK}
+    if edits is not None and CONTROL_IMAGE not in given:
+        call = described(edits)
+        if call.control is not None and call.control == call.image:
+            found.add("image")
+    return frozenset(found.intersection(given))
+
+
+def is_repainted(name: str, pipelines: Iterable[Any]) -> bool:
+    """Whether an image that requests call so is one that an edit begins with, in which case its
+    transparency may say what is repainted."""
+    return name == "image" or (
+        name not in OF_COMPONENTS
+        and any(
+            call.scaled is not None and call.name_of(name) == call.scaled
+            for call in map(described, pipelines)
+        )
+    )
 
 
 def leading_image(call: CallDescription, sources: Sources) -> Image.Image | None:

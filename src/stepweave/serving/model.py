@@ -32,6 +32,7 @@ from stepweave.loading.sizes import (
 )
 from stepweave.loading.trials import Limits
 from stepweave.parameters import (
+    LORA_TEXT,
     MAX_SEED,
     OPTIONAL_ARGUMENTS,
     OWN_TIMES,
@@ -44,6 +45,7 @@ from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.arguments import (
     resolve_arguments,
     resolve_steps,
+    scales_of,
     with_components,
     work_limits,
 )
@@ -67,6 +69,8 @@ from stepweave.serving.inputs import (
     check_guides,
     check_images,
     check_named,
+    hint_names,
+    is_repainted,
     leading_image,
     leading_name,
     missing,
@@ -324,6 +328,7 @@ class ServedModel:
             sources=sources,
             arguments=given,
             components=components,
+            scales=scales_of(components, given, pipeline, self.preset),
             lora=lora,
             **passed,
         )
@@ -341,6 +346,12 @@ class ServedModel:
         """Whether a request names a LoRA, or perhaps, as its model."""
         return bool(request.lora) or (model is not None and model not in self.names.listed)
 
+    def doubts(self, model: str | None) -> list[str]:
+        """Warnings about a name of a model that requests may use, and perhaps did not mean."""
+        if model is None or self.loras is None or model in self.names.listed:
+            return []
+        return self.names.doubts(model, self.loras.names())
+
     def _lora(self, request: ImageRequest, model: str | None) -> tuple[tuple[str, float], ...]:
         """The LoRAs of a request, also that which its model is called by. Raises NotFoundError, and
         InvalidRequestError."""
@@ -353,8 +364,18 @@ class ServedModel:
                 param="lora", code="unsupported",
             )  # fmt: skip
         if given and self.loras is not None:
+            given = [(self._named_lora(name), scale) for name, scale in given]
             self.loras.check(given)
         return tuple(given)
+
+    def _named_lora(self, name: str) -> str:
+        if ":" not in name:  # the usual case, which needs no look at a directory
+            return name
+        known = () if self.loras is None else self.loras.names()
+        found = self.names.lora(name, known)
+        if found is None:
+            raise InvalidRequestError(f"lora is {shown(name)}: {LORA_TEXT}.", param="lora")
+        return found
 
     def _check_names(self, given: Collection[str], kind: Kind, pipeline: Any) -> None:
         """Raise InvalidRequestError for an argument that only another kind of request has."""
@@ -464,6 +485,13 @@ class ServedModel:
                 )
         return pipeline
 
+    def check_shown(self, request: ImageRequest) -> None:
+        """Raise InvalidRequestError if a request without images names a component that needs
+        one."""
+        components = chosen(request.arguments(), self.pipelines.components())
+        if Kind(TEXT_TO_IMAGE, components).shown_images:
+            self.pipeline_for(None, components)
+
     def note_several(self, pipeline: Any, name: str) -> None:
         """Note that a pipeline takes several images of that name."""
         self.inputs.note_several(pipeline, name)
@@ -477,6 +505,14 @@ class ServedModel:
     def leading(self, given: Collection[str]) -> str:
         """Which of the images of a request decides about the size of its result."""
         return leading_name(given, self.pipelines.by_kind().values())
+
+    def hints(self, given: Collection[str]) -> frozenset[str]:
+        """Which of the images of a request guide a component, or the pipeline itself."""
+        return hint_names(given, self.pipelines.of(Kind(IMAGE_TO_IMAGE)))
+
+    def is_repainted(self, name: str) -> bool:
+        """Whether the transparency of an image of this name may say what is repainted."""
+        return is_repainted(name, self.pipelines.by_kind().values())
 
     @property
     def takes_alpha(self) -> bool:

@@ -48,6 +48,23 @@ class ModelNames:
             raise NotFoundError(self.refusal(name, loras), code="model_not_found", param=param)
         return None
 
+    def doubts(self, name: str, loras: Collection[str]) -> list[str]:
+        """A warning if a name that was never told is taken as the model, though one of `loras` is
+        like it."""
+        hint = did_you_mean(name, loras)
+        if not hint or ":" in name or name in (*self.listed, *loras):
+            return []
+        meant = hint.removeprefix(" (did you mean ").removesuffix("?)")
+        return [f"model is {shown(name)}, taken as {self.told}; did you mean the LoRA {meant}?"]
+
+    def lora(self, name: str, loras: Collection[str]) -> str | None:
+        """The LoRA that a request names so, as `rings` or `shapes:rings`, whether it is one of
+        `loras` or not; None if what comes before a colon is no name of the model."""
+        base, colon, lora = name.rpartition(":")
+        if not colon or base in self.listed or (lora in loras and self.take(base)):
+            return lora
+        return None
+
     def refusal(self, name: str, loras: Collection[str] = ()) -> str:
         """Why a request may not use this name, and what to do."""
         if ":" not in name and (hint := did_you_mean(name, loras)):

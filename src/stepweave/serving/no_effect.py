@@ -16,6 +16,8 @@ from stepweave.serving.call import default_of
 
 # `(word:1.3)`, as some programs weigh the words of a prompt
 _WEIGHT = re.compile(r"\([^()]{1,200}:\s*\d+(?:\.\d+)?\s*\)")
+# `<lora:NAME:0.5>`, as some programs name LoRAs in a prompt
+_LORA = re.compile(r"<\s*(?:lora|lyco)\s*:\s*([^<>:]{1,200}?)\s*(?::[^<>]{0,200})?>", re.IGNORECASE)
 
 
 def warnings_of(
@@ -33,6 +35,12 @@ def warnings_of(
             yield (
                 f"{name}: {shown(found[0])} is passed to the model as it is written; weights of "
                 "words have no meaning here."
+            )
+        named = _LORA.search(text) if isinstance(text, str) else None
+        if named is not None:
+            yield (
+                f"{name}: {shown(named[0])} is passed to the model as it is written; LoRAs are "
+                f"named in the field lora, as {shown(named[1])} or with a scale, NAME:SCALE."
             )
     name = "true_cfg_scale" if "true_cfg_scale" in call.takes else "guidance_scale"
     asked = parameters.arguments.get(name)

@@ -13,7 +13,7 @@ from torch import nn
 from stepweave.adapters.beside import Added, by_field
 from stepweave.adapters.control_pipelines import control_pipeline
 from stepweave.adapters.refiners import refined
-from stepweave.calls import described
+from stepweave.calls import CONTROL_IMAGE, described
 from stepweave.compat.turn_taking import modules_in
 from stepweave.config.components import GUIDES, REFINER, VAE
 from stepweave.errors import InvalidRequestError, LoadError
@@ -148,9 +148,12 @@ class Pipelines:
                 )
             for name in names:
                 if Kind(kind.task, ((field, (name,)),)) not in self._guided:
+                    alone = Kind(TEXT_TO_IMAGE, ((field, (name,)),)) in self._guided
+                    hint = "; for an image from text, send the image that guides it as "
                     raise InvalidRequestError(
                         f"{field} is {name}, which this model does not use for "
-                        f"{kind.task.replace('_', ' ')}.",
+                        f"{kind.task.replace('_', ' ')}"
+                        f"{f'{hint}{CONTROL_IMAGE} alone' if alone and field in GUIDES else ''}.",
                         param=field,
                         code="unsupported",
                     )

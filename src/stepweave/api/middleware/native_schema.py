@@ -43,20 +43,34 @@ class NativeSchema(Middleware):
 def with_model(schema: dict[str, Any], fields: RequestFields) -> dict[str, Any]:
     """BentoML's description with a model's fields among the inputs of each API."""
     schema = copy.deepcopy(schema)
-    known = with_fields(ImageRequest, fields, files=False).model_json_schema()["properties"]
+    known = with_fields(ImageRequest, fields).model_json_schema()["properties"]
     arguments = {name: known[name] for name in fields.arguments}
     files = {name: {**FILE, "default": None} for name in fields.files}
+    # bodies in JSON have no files, so their images are texts
+    texts = {name: _data_urls(known[name].get("description", "")) for name in fields.files}
+    if texts:
+        texts["strength"] = known["strength"]
     if "image" in fields.several:
         files["images"] = {"type": "array", "items": FILE, "default": None}
     for route in schema["routes"]:
         given = route["input"]
-        new = {**arguments, **(files if route["route"] == EDITS else {})}
+        new = {**arguments, **(files if route["route"] == EDITS else texts)}
         given["properties"] = {**new, **given["properties"]}
-        # of several images none is called `image`
         left = {"prompt"} if not fields.prompt else set()
-        left |= {"image"} if "images" in files else set()
+        # of several images none is called `image`
+        left |= {"image"} if "images" in files or not fields.needs_image else set()
         given["required"] = [
             *(name for name in given.get("required", ()) if name not in left),
             *fields.needs,
         ]
     return schema
+
+
+def _data_urls(description: str) -> dict[str, Any]:
+    """What a text, or a list of texts, is; without a type, which would be only one of them."""
+    text = {"type": "string"}
+    return {
+        "anyOf": [text, {"type": "array", "items": text}],
+        "default": None,
+        "description": description,
+    }

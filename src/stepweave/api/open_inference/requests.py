@@ -175,13 +175,21 @@ def image_requests(
             request = schema_of(fields).model_validate({**shared, **values})
         except ValidationError as error:
             explained = explain(error, schema_of(fields))
-            if explained.param in values and count > 1:
-                explained = wrong(
-                    explained.param, f"element {i}: {explained.message.removesuffix('.')}"
-                )
-            raise explained from None
+            raise (of_element(explained, i, values) if count > 1 else explained) from None
         requests.append((request, files))
     return requests
+
+
+def of_element(error: StepweaveError, element: int, tensors: Collection[str]) -> StepweaveError:
+    """The error of one image of several, which names the tensor, if it is about one of these, and
+    the element."""
+    tensor = (error.param or "").partition(".")[0]  # its members are in the same element
+    if tensor not in tensors:
+        return error
+    named = wrong(tensor, f"element {element}: {error.message.removesuffix('.')}")
+    error = error.again()
+    error.message, error.param = named.message, named.param
+    return error
 
 
 def requested_outputs(message: InferenceRequest) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -35,6 +35,7 @@ from stepweave.api.open_inference.requests import (
     file_inputs,
     ignored_parameters,
     image_requests,
+    of_element,
     parameters_of,
     requested_outputs,
     required_inputs,
@@ -59,6 +60,7 @@ from stepweave.threads import on_thread
 if TYPE_CHECKING:
     from stepweave.serving.model import ServedModel
     from stepweave.serving.resources import Answer
+    from stepweave.serving.submission import Submission
 
 VERSION = "1"  # of the model: it is replaced with the process
 OTHER_TYPES = ("", "application/octet-stream")
@@ -151,7 +153,8 @@ class OpenInferenceRoutes:
             # off the loop: a body may be long
             message, images = await on_thread(None, self._read, request, body, model)
         outputs = requested_outputs(message)
-        warnings = tuple(ignored_parameters(message, model.fields))
+        doubts = model.doubts(request.path_params["model"])
+        warnings = (*doubts, *ignored_parameters(message, model.fields))
         asked = "\n".join(image.model_dump_json(exclude_none=True) for image, _ in images)
         submissions = []
         for i, (image, files) in enumerate(images):
@@ -168,7 +171,8 @@ class OpenInferenceRoutes:
                     **edit,
                 )
             )
-        work = [self.server.generate(submission) for submission in submissions]
+        several = {one.name for one in message.inputs if one.shape[0] > 1}
+        work = [self._generate(one, i, several) for i, one in enumerate(submissions)]
         try:
             answers = await until_disconnect(request, together(work))
         except StepweaveError as error:
@@ -179,6 +183,15 @@ class OpenInferenceRoutes:
         return Response(
             content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)}
         )
+
+    async def _generate(
+        self, submission: Submission, element: int, several: Collection[str]
+    ) -> Answer:
+        """The image of an element of the tensors that have `several`. Errors about one say so."""
+        try:
+            return await self.server.generate(submission)
+        except (InvalidRequestError, NotFoundError) as error:  # the latter of a LoRA
+            raise of_element(error, element, several) from None
 
     async def _model(self, request: Request) -> ServedModel:
         """The model that the path names. Raises NotFoundError if it or its version is not the one

@@ -126,7 +126,7 @@ class OpenAIRoutes:
     ) -> Response:
         """`form` and `place` are an edit's."""
         server = self.server
-        server.ready(place)
+        served, _ = server.ready(place)
         jobs = server.jobs
         assert jobs is not None
         detached, stream = wants_to_come_back(request), wants_stream(request)
@@ -157,6 +157,7 @@ class OpenAIRoutes:
             **of_edit,
             warnings=(
                 *body.ignored(),
+                *served.doubts(body.model or None),
                 *((NO_STREAM,) if body.partial_images and not (streams or may_be_joined) else ()),
                 *(() if form is None else form.warnings),
             ),
