@@ -429,7 +429,7 @@ def test_entries_that_are_no_adapters_have_no_names(
     names = good.loras.names()
     assert {"good", "one"} <= set(names)
     assert not {"nothing", "two", "späße", "a b", ".hidden", "notes"} & set(names)
-    assert sum("is ignored" in record.getMessage() for record in caplog.records) == 2
+    assert sum("is ignored" in record.getMessage() for record in caplog.records) == 4
     for name in ("nothing", "two", "a b", "../good", "good.safetensors", "", "notes"):
         with pytest.raises(LoraNotFoundError, match="There is no LoRA"):
             good.engine.submit(**request(SD3.build, 1), lora=[(name, 1.0)])

@@ -235,9 +235,16 @@ def test_what_cannot_be_looked_at_for_a_while_is_not_thereby_gone(
             assert loras.choose([("one", 1.0)]) is not None, "it is in memory"
             with pytest.raises(UnavailableError, match="'two' cannot be read now: Stale file"):
                 loras.choose([("two", 1.0)])
-    with mock.patch.object(os, "scandir", side_effect=stale):
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if path == tmp_path:
+            raise stale
+        return scandir(path)
+
+    with mock.patch.object(os, "scandir", refusing):
         for _ in range(2):
-            assert loras.names() == ["new", "one", "two"] or loras.names() == ["one", "two"]
+            assert loras.names() == ["one", "two"]
             loras.choose([("two", 1.0)])
     assert sorted(loras.loaded()) == ["one", "two"]
     told = [record.message for record in caplog.records if "Stale" in record.message]
@@ -271,7 +278,7 @@ def test_entries_that_are_no_adapters_are_told_once(
 def test_a_place_that_is_no_directory_is_refused(contents: list[bytes], tmp_path: Path) -> None:
     (tmp_path / "one.safetensors").write_bytes(contents[0])
     for place in ("nowhere", "one.safetensors"):
-        with pytest.raises(LoadError, match=f"{place}' is no directory"):
+        with pytest.raises(LoadError, match="is no directory"):
             Loras(SD3.build(), tmp_path / place)
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -71,6 +72,26 @@ def test_a_file_of_keys_that_is_missing_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     status, found = findings("--api-keys-file", str(tmp_path / "none"))
     assert status == 1 and "STEPWEAVE_API_KEYS_FILE" in found["API keys"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("place", "state", "message"),
+    [
+        ("nowhere", "problem", "nowhere' is no directory"),
+        ("one.safetensors", "problem", "is a file; name the directory that it is in"),
+        (".", "ok", "one"),
+        ("empty", "warning", "none"),
+    ],
+)
+def test_the_directory_of_loras_is_looked_at(
+    place: str, state: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, found = findings("--loras", place)
+    assert (found["loras"]["state"], status) == (state, int(state == "problem"))
+    assert message in found["loras"]["message"]
 
 
 def test_a_missing_file_of_the_model_is_a_problem(tmp_path: Path) -> None:

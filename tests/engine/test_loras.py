@@ -212,6 +212,26 @@ def test_adapters_have_their_price(files: dict[str, Path]) -> None:
         assert told.finish > 100
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        "rings",
+        ["rings"],
+        ("rings", 1.0),
+        {"rings": 1.0},
+        [{"name": "rings"}],
+        [("rings", "much")],
+        5,
+    ],
+)
+def test_what_is_no_list_of_names_and_scales_is_told(files: dict[str, Path], lora: Any) -> None:
+    pipeline = shapes()
+    with StepEngine(pipeline, loras=Loras(pipeline, files=files)) as engine:
+        with pytest.raises(LoraError, match=r"it must be a list such as \[\(\"rings\", 0.8\)\]"):
+            engine.submit(**request(1), lora=lora)
+        assert engine.waiting == 0
+
+
 def test_an_engine_without_adapters_says_how_to_have_them() -> None:
     with StepEngine(shapes()) as engine, pytest.raises(EngineMisuseError, match="loras="):
         engine.submit(**request(1), lora=[("rings", 1.0)])

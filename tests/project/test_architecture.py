@@ -32,31 +32,31 @@ from tools.lines import lines_by_package
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 ROWS = {name: row for row, names in enumerate(LAYERS) for name in names}
 
-READING_PATH = 1_500  # lines of what to read first, in all
+READING_PATH = 1_550  # lines of what to read first, in all
 # Lines of all others, today's rounded up. What needs more, needs a reason, or another package.
 BUDGETS = {
     "__main__": 50,
-    "cli": 1_300,
+    "cli": 1_350,
     "service": 50,
-    "api": 6_750,
-    "serving": 5_400,
+    "api": 6_850,
+    "serving": 5_450,
     "telemetry": 650,
     "download": 100,
-    "images": 1_450,
-    "calls": 900,
+    "images": 1_500,
+    "calls": 950,
     "loading": 3_850,
-    "adapters": 2_050,
+    "adapters": 2_250,
     "store": 850,
     "recovery": 100,
     "baselines": 300,
-    "jobs": 650,
+    "jobs": 700,
     "views": 700,
     "memory": 650,
     "certification": 2_400,
     "previews": 600,
     "batching": 1_300,
     "truncation": 500,
-    "planning": 1_750,
+    "planning": 1_800,
     "compat": 3_000,
     "threads": 200,
     "outcome": 150,
@@ -65,7 +65,7 @@ BUDGETS = {
     "reasons": 100,
     "contained": 50,
     "resource": 50,
-    "parameters": 360,
+    "parameters": 400,
 }
 
 

@@ -64,17 +64,16 @@ class LoraDirectory:
 
     def look(self) -> dict[str, LoraFile]:
         """Read the directory again, and return what there is."""
-        paths = self._paths()
-        found: dict[str, LoraFile] = dict(self.found) if paths is None else {}
-        for name, path in (*self._others.items(), *(paths or ())):
-            file = None if name in found and paths is not None else self._file(name, path)
+        found: dict[str, LoraFile] = {}
+        for name, path in (*self._others.items(), *self._paths()):
+            file = None if name in found else self._file(name, path)
             if file is not None:
                 found[name] = file
         self.found = found
         return found
 
-    def _paths(self) -> list[tuple[str, Path]] | None:
-        """Names and files of the directory; None if it cannot be read now."""
+    def _paths(self) -> list[tuple[str, Path]]:
+        """Names and files of the directory; those of the last look if it cannot be read now."""
         if self._directory is None:
             return []
         try:
@@ -82,7 +81,7 @@ class LoraDirectory:
                 listed = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             self._tell("", f"the directory of LoRAs cannot be read: {error.strerror}")
-            return None
+            return [(name, file.path) for name, file in self.found.items()]
         self._told.discard("")
         return list(self._named(listed))
 

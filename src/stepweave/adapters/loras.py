@@ -22,7 +22,7 @@ from torch import nn
 
 from stepweave.adapters.lora_directory import LoraDirectory, LoraFile, digest
 from stepweave.adapters.lora_files import Lora, check_takes_loras, read_lora
-from stepweave.compat.row_adapters import Chosen
+from stepweave.compat.row_adapters import Chosen, pairs_of
 from stepweave.errors import (
     LoadError,
     LoraError,
@@ -428,7 +428,7 @@ class _Kept:
 
 def _checked(lora: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     """Names and scales, once they are allowed. Raises LoraError."""
-    wanted = [(name, float(scale)) for name, scale in lora]
+    wanted = pairs_of(lora)
     if len(wanted) > MOST_LORAS:
         raise LoraError(f"{len(wanted)} LoRAs; the limit is {MOST_LORAS}.", code="invalid_value")
     for i, (name, scale) in enumerate(wanted):

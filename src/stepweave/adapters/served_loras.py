@@ -74,7 +74,8 @@ def why_no_directory(directory: Path) -> str:
     """What is wrong with a directory of LoRAs that is none."""
     if directory.is_file():
         return f"{shown(str(directory))} is a file; name the directory that it is in"
-    hint = "; a hub id needs its commit: OWNER/NAME@COMMIT" if "/" in str(directory) else ""
+    hub = "/" in str(directory) and not directory.is_absolute()
+    hint = "; an id of the hub needs its commit: OWNER/NAME@COMMIT" if hub else ""
     return f"{shown(str(directory))} is no directory{hint}"
 
 

@@ -79,6 +79,7 @@ def _look(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     yield finding
     yield from _model(settings, device)
     yield from _beside(settings)
+    yield from _loras(settings)
 
 
 def _versions() -> Finding:
@@ -220,6 +221,22 @@ def _beside(settings: Settings) -> Iterator[Finding]:
             yield Finding(about, "warning", f"{source.source}: it may have to be downloaded")
         else:
             yield Finding(about, "ok", f"{what} of {source.source}")
+
+
+def _loras(settings: Settings) -> Iterator[Finding]:
+    """The directory of LoRAs of the setting."""
+    directory = None if settings.loras is None else settings.loras.directory
+    if directory is None:
+        return
+    from stepweave.adapters.lora_directory import LoraDirectory
+    from stepweave.adapters.served_loras import why_no_directory
+    from stepweave.loading.reading import listed
+
+    if not directory.is_dir():
+        yield Finding("loras", "problem", f"STEPWEAVE_LORAS: {why_no_directory(directory)}")
+        return
+    names = sorted(LoraDirectory(directory, {}).found)
+    yield Finding("loras", "ok" if names else "warning", f"{directory}: {listed(names) or 'none'}")
 
 
 def _memory(settings: Settings, device: torch.device, needed: int) -> Finding:

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 import torch
 from torch import nn
 
-from stepweave.errors import EngineMisuseError
+from stepweave.errors import EngineMisuseError, LoraError, shown
 from stepweave.parameters import MOST_LORAS
 
 # The argument of a call: a tensor of shape (rows, MOST_LORAS, 2), of each row's adapters in
@@ -118,6 +118,21 @@ class AdapterSource(Protocol):
         Raises at once what is known without reading them."""
 
 
+def pairs_of(lora: Any) -> list[tuple[str, float]]:
+    """Names and scales of adapters. Raises LoraError for anything else."""
+    try:
+        pairs = [(name, float(scale)) for name, scale in lora]
+        right = isinstance(lora, Iterable) and all(isinstance(name, str) for name, _ in pairs)
+    except (TypeError, ValueError):
+        right = False
+    if not right or isinstance(lora, (str, Mapping)):
+        raise LoraError(
+            f'lora is {shown(repr(lora))}; it must be a list such as [("rings", 0.8)].',
+            code="invalid_value", param="lora",
+        )  # fmt: skip
+    return pairs
+
+
 def choose_later(
     source: AdapterSource | None,
     lora: Sequence[tuple[str, float]],
@@ -136,7 +151,8 @@ def choose_later(
         given = kwargs.get(name)
         scale = given.get("scale") if isinstance(given, Mapping) else None
         factor *= scale if isinstance(scale, (int, float)) else 1.0
-    return source.choose_later([(name, scale * factor) for name, scale in lora], given_up)
+    pairs = [(name, scale * factor) for name, scale in pairs_of(lora)]
+    return source.choose_later(pairs, given_up)
 
 
 def with_adapters(module: nn.Module, kwargs: dict[str, Any], owner: Any) -> dict[str, Any]:

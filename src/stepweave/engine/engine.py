@@ -148,6 +148,7 @@ class StepEngine(Estimates):
         )  # fmt: skip
         with self._lock:
             if self._closed:
+                job.cancelled = True  # for who reads its adapters
                 raise EngineClosedError
             self._planner.enter(running)
             self._runner.submit(running)

@@ -48,7 +48,7 @@ def forecast(
     ordered = in_order([order(task, now) for task in tasks], pause)
     # copied, since the engine's thread may change the tasks
     demands = [task.demand for task in tasks]
-    adapters = [demand.adapters for demand in demands]
+    adapters = [max((load.key.adapters for load in one.step), default=0) for one in demands]
     left = [task.left for task in tasks]
     joined = [task.opened for task in tasks]
     ends = [0.0] * len(tasks)

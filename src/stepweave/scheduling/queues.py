@@ -30,11 +30,7 @@ Queues = Mapping[Hashable, Sequence[CallT]]
 
 def cost_of(calls: Sequence[WaitingCall]) -> Key:
     """The key of a forward of calls that share one: that of a call with the most adapters."""
-    return max((call.cost for call in calls), key=_adapters)
-
-
-def _adapters(key: Key) -> int:
-    return key.adapters
+    return max((call.cost for call in calls), key=lambda key: key.adapters)
 
 
 class CallQueues(OrderedDict[Hashable, list[CallT]]):

@@ -60,11 +60,6 @@ class Demand:
         """Rows of a step's first module."""
         return self.step[0].rows if self.step else 1
 
-    @property
-    def adapters(self) -> int:
-        """The most that a row has in a step."""
-        return max((load.key.adapters for load in self.step), default=0)
-
 
 class Prices(Protocol):
     def alone(self, loads: tuple[Load, ...]) -> float:
