@@ -19,7 +19,7 @@ from stepweave.api.disconnect import until_disconnect
 from stepweave.api.responses import answer
 from stepweave.api.schemas import parse, require_json
 from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
-from stepweave.parameters import MAX_LORA_NAME
+from stepweave.parameters import MAX_NAMED_LORA
 from stepweave.serving.server import Server
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class LoraRequest(BaseModel):
 
     name: str = Field(
         min_length=1,
-        max_length=MAX_LORA_NAME,
-        description="A file or folder of the directory of LoRAs.",
+        max_length=MAX_NAMED_LORA,
+        description="A LoRA, as `GET /v1/loras` lists it.",
     )
 
 
@@ -60,7 +60,7 @@ class LoraRoutes:
         self._check_admin(request)
         require_json(request.headers.get("content-type", ""))
         async with whole_body(request) as content:
-            name = parse(content, LoraRequest).name
+            name = self._name(parse(content, LoraRequest).name)
         left = threading.Event()
         try:
             loading = self._loras().load_later(name, left.is_set)
@@ -72,10 +72,15 @@ class LoraRoutes:
     async def remove(self, request: Request) -> Response:
         """Offer it no more; jobs that have it keep it."""
         self._check_admin(request)
-        name = request.path_params["name"]
+        name = self._name(request.path_params["name"])
         await self.server.look_for_loras()
         self._loras().remove(name)
         return answer(LoraRemoved(id=name))
+
+    def _name(self, name: str) -> str:
+        """The name of a LoRA, which may have the model's before it, as in a list."""
+        model, _ = self.server.ready()
+        return model.names.lora(name, ()) or name
 
     def _loras(self) -> Loras:
         model, _ = self.server.ready()
