@@ -21,6 +21,7 @@ from stepweave import Loras, StepEngine
 from stepweave.adapters import loras as module
 from stepweave.errors import (
     DeadlineExceededError,
+    EngineClosedError,
     LoadError,
     LoraError,
     LoraNotFoundError,
@@ -312,6 +313,47 @@ def test_what_is_removed_while_it_is_read_is_not_kept(
         assert sorted(loras.loaded()) == ["two"]
         del both
         until(lambda: loras.stats().bytes == each)
+
+
+def test_a_slow_look_does_not_undo_a_newer_one(contents: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    loras = Loras(SD3.build(), tmp_path, looks=False)
+    scandir, looking, go_on = os.scandir, threading.Event(), threading.Event()
+
+    def slow(path: Any) -> Any:
+        entries = scandir(path)
+        if path == tmp_path and threading.current_thread().name.startswith("stepweave-lora-look"):
+            looking.set()
+            assert go_on.wait(SECONDS)
+        return entries
+
+    with mock.patch.object(os, "scandir", slow), ThreadPoolExecutor(1) as threads:
+        older = loras.look_later()
+        assert looking.wait(SECONDS)
+        (tmp_path / "two.safetensors").write_bytes(contents[1])
+        newer = threads.submit(loras.look)
+        go_on.set()
+        older.result(SECONDS)
+        newer.result(SECONDS)
+    assert loras.names() == ["one", "two"]
+
+
+@pytest.mark.parametrize("options", [{"priority": "urgent"}, {"closed": True}])
+def test_nothing_is_read_for_a_job_that_was_not_accepted(
+    options: dict[str, Any], contents: list[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "one.safetensors").write_bytes(contents[0])
+    pipeline = SD3.build()
+    loras = Loras(pipeline, tmp_path)
+    engine = StepEngine(pipeline, loras=loras)
+    if options.pop("closed", False):
+        engine.close()
+    with loras._reading:  # until it has failed
+        with pytest.raises((KeyError, EngineClosedError)):
+            submit(engine, "one", **options)
+    loras._reader.submit(int).result(SECONDS)
+    assert loras.stats().loads == 0
+    engine.close()
 
 
 def test_nothing_is_loaded_for_who_has_left(contents: list[bytes], tmp_path: Path) -> None:

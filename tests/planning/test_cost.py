@@ -171,6 +171,19 @@ def test_forwards_with_adapters_have_a_price_of_their_own() -> None:
     assert model.alone([Load(KEY, 1), Load(adapted, 1, 2)]) == pytest.approx(3.4)
 
 
+def test_a_forward_with_adapters_does_not_change_what_others_are_thought_to_take() -> None:
+    small, large = Key("transformer", 1024), Key("transformer", 4096)
+    model = CostModel.of(
+        {
+            small: {rows: 0.1 + 0.01 * rows for rows in (1, 2, 4, 8)},
+            large: {rows: 0.1 + 0.04 * rows for rows in (1, 2, 4, 8, 32)},
+        }
+    )
+    before = [model.seconds(small, rows) for rows in (8, 16, 24, 32)]
+    model.observe(small._replace(adapters=1), 1, 0.12)
+    assert [model.seconds(small, rows) for rows in (8, 16, 24, 32)] == before
+
+
 def test_rows_that_pay_are_not_tried_again_with_adapters() -> None:
     curve = {1: 1.0, 2: 1.02, 4: 1.05, 8: 2.1, 16: 4.2}
     model, adapted = learnt(curve), KEY._replace(adapters=1)

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -59,18 +60,20 @@ class LoraDirectory:
         self._directory = directory
         self._others = dict(files)
         self._told: set[str] = set()
+        self._looking = threading.Lock()  # so that none stores what was there before another's look
         self.found: dict[str, LoraFile] = {}  # by the last look
         self.look()
 
     def look(self) -> dict[str, LoraFile]:
         """Read the directory again, and return what there is."""
-        found: dict[str, LoraFile] = {}
-        for name, path in (*self._others.items(), *self._paths()):
-            file = None if name in found else self._file(name, path)
-            if file is not None:
-                found[name] = file
-        self.found = found
-        return found
+        with self._looking:
+            found: dict[str, LoraFile] = {}
+            for name, path in (*self._others.items(), *self._paths()):
+                file = None if name in found else self._file(name, path)
+                if file is not None:
+                    found[name] = file
+            self.found = found
+            return found
 
     def _paths(self) -> list[tuple[str, Path]]:
         """Names and files of the directory; those of the last look if it cannot be read now."""

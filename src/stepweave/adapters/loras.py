@@ -138,7 +138,6 @@ class Loras:
         with self._one_at_a_time():
             pinned: dict[Lora, Chosen] = {}  # so that none leaves for another of them
             try:
-                _check_wanted(given_up)
                 adapters = [(self._read(name, pinned, given_up), scale) for name, scale in wanted]
                 return self._in_use(adapters)
             finally:
@@ -180,7 +179,6 @@ class Loras:
     def load(self, name: str, given_up: Callable[[], bool] = lambda: False) -> Lora:
         """Have an adapter in memory, also one that was removed. Raises as `choose`."""
         with self._one_at_a_time():
-            _check_wanted(given_up)
             with self._changed:
                 removed = name in self._removed
                 self._removed.discard(name)
@@ -226,9 +224,9 @@ class Loras:
 
     def look(self) -> None:
         """Read the directory again, and let go of adapters whose files are gone."""
-        found = self._files.look()
+        self._files.look()
         with self._changed:
-            for name in self._kept.keys() - found.keys():
+            for name in self._kept.keys() - self._files.found.keys():
                 self._let_go(name)
 
     def look_later(self) -> Future[None]:
@@ -283,6 +281,7 @@ class Loras:
                 pinned[known] = self._in_use([(known, 1.0)])
                 return known
             self._check_usable(name, file)
+        _check_wanted(given_up)
         began = time.monotonic()
         try:
             adapter = self._fresh(name, file)

@@ -23,7 +23,7 @@ def batch_key(job: RunningJob) -> Hashable | None:
     job that needs its own call."""
     kwargs = job.kwargs
     generator = kwargs.get("generator")
-    if job.args or job.reproducible or job.scheduler is not None or job.adapters_wanted:
+    if job.args or job.reproducible or job.scheduler is not None or job.names_adapters:
         return None
     if generator is None or kwargs.get("callback_on_step_end") is not None:
         return None

@@ -141,17 +141,20 @@ class StepEngine(Estimates):
         adapters = choose_later(
             self.config.loras, lora, kwargs, lambda: job.done() or job.cancelled or job.late
         )
-        running = RunningJob(
-            job, args, kwargs, scope=scope, scheduler=scheduler,
-            priority=Priority[priority.upper()], observer=observer, health=self._health,
-            adapters_wanted=applied(lora), arriving=adapters,
-        )  # fmt: skip
-        with self._lock:
-            if self._closed:
-                job.cancelled = True  # for who reads its adapters
-                raise EngineClosedError
-            self._planner.enter(running)
-            self._runner.submit(running)
+        try:
+            running = RunningJob(
+                job, args, kwargs, scope=scope, scheduler=scheduler,
+                priority=Priority[priority.upper()], observer=observer, health=self._health,
+                adapters_wanted=applied(lora), arriving=adapters,
+            )  # fmt: skip
+            with self._lock:
+                if self._closed:
+                    raise EngineClosedError
+                self._planner.enter(running)
+                self._runner.submit(running)
+        except BaseException:
+            job.cancelled = True  # so that its adapters are not read
+            raise
         if adapters is not None:
             adapters.add_done_callback(lambda _: runner.wake())
         return job

@@ -62,6 +62,7 @@ class RunningJob:
         self.scheduler = scheduler
         self.adapters = NONE
         self.adapters_wanted = adapters_wanted
+        self.names_adapters = arriving is not None
         self._arriving = arriving
         self.could_start = job.accepted if arriving is None else None
         job.loading = arriving is not None
@@ -73,7 +74,7 @@ class RunningJob:
         self._observer = observer
         self._observer_failed = False
         self._health = health
-        self._error: Exception | None = None  # why `ending` has ended it
+        self._error: BaseException | None = None  # why `ending` has ended it
         self._finishing = threading.Lock()
 
         # from its start
@@ -107,7 +108,7 @@ class RunningJob:
             self.job.loading = False
         return arrived
 
-    def why_end(self) -> Exception | None:
+    def why_end(self) -> BaseException | None:
         """Why the job must end, if it must."""
         if self.job.cancelled:
             return RequestCancelledError()
@@ -120,7 +121,7 @@ class RunningJob:
             )
         arriving = self._arriving
         if arriving is not None and arriving.done():
-            return arriving.exception()  # type: ignore[return-value]
+            return arriving.exception()
         return None
 
     def ending(self) -> Ending | None:

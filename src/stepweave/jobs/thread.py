@@ -66,9 +66,9 @@ class JobQueue:
         if waited is not None:
             self.finish(job, RequestCancelledError())
 
-    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
+    def finish(self, job: RunningJob, outcome: Outcome | BaseException) -> None:
         """Deliver a job's outcome and count it, unless the job is done."""
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             outcome = Outcome(error=outcome)
         self.planner.leave(job, succeeded=outcome.error is None)
         delivered = job.finish(outcome)

@@ -73,12 +73,14 @@ class CostModel:
         if not curves:
             return 0.0
         others = [other for other in list(curves) if other != key]
+        if not key.adapters:  # few numbers of rows may have run with adapters
+            others = [other for other in others if not other.adapters] or others
         if not others or not key.size:
             return (curve or next(iter(curves.values()))).at(rows)
         nearest = min(others, key=lambda other: _distance(other, key))
         like = curves[nearest]
         scale = key.size / (nearest.size or 1)
-        if curve is None:  # few numbers of rows may have run with adapters
+        if curve is None:
             return (
                 self.seconds(nearest, rows * scale) if nearest.adapters else like.at(rows * scale)
             )

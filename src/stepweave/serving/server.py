@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Hashable
 from functools import partial
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from stepweave.serving.model import ServedModel
     from stepweave.store import FileStore
 
+LOOK_SECONDS = 3.0  # how long requests wait for a look at the directory of LoRAs
 UNCHECKED_DEADLINE = "deadline_ms was not checked at admission: there was no estimate."
 UNFORESEEN_DEADLINE = (
     "deadline_ms was not checked at admission: no job of this model had been timed yet."
@@ -68,10 +70,13 @@ class Server(Lifecycle):
         return served
 
     async def look_for_loras(self) -> None:
-        """Have the model know the LoRAs that there are now. Not on the event loop, since the
-        directory may be on a network."""
+        """Have the model know the LoRAs that there are now, or were when the directory could last
+        be read: it may be on a network, so it is not read on the event loop."""
         if self.model is not None and self.model.loras is not None:
-            await asyncio.shield(asyncio.wrap_future(self.model.loras.look_later()))
+            looking = asyncio.wrap_future(self.model.loras.look_later())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await asyncio.shield(looking)
 
     async def submit(self, submission: Submission) -> Followed:
         """Submit a request; returns its job, or the earlier job of its idempotency key. A place

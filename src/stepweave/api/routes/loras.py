@@ -49,7 +49,7 @@ class LoraRoutes:
         return [
             Route("/v1/loras", self.list, methods=["GET"]),
             Route("/v1/loras", self.load, methods=["POST"]),
-            Route("/v1/loras/{name}", self.remove, methods=["DELETE"]),
+            Route("/v1/loras/{name:path}", self.remove, methods=["DELETE"]),
         ]
 
     async def list(self, request: Request) -> Response:
