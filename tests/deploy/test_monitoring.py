@@ -505,18 +505,17 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(
             == [200] * 6
         )
     assert draw(served, size="65x65") == 400
-    drawing = io.BytesIO()  # an edit, for the forwards that only edits have
+    drawing = io.BytesIO()  # for the forwards that only edits and ControlNets have
     Image.new("RGB", (64, 64)).save(drawing, "PNG")
-    fields, image = (
-        {"prompt": "a small blue star", "num_inference_steps": "2"},
-        {"image": drawing.getvalue()},
-    )
-    assert (
-        httpx.post(
-            f"{served.url}/v1/images/edits", data=fields, files=image, timeout=SECONDS
-        ).status_code
-        == 200
-    )
+    fields = {"prompt": "a small blue star", "num_inference_steps": "2"}
+    for name, more in (("image", {}), ("control_image", {"controlnet": "outlines"})):
+        answer = httpx.post(
+            f"{served.url}/v1/images/edits",
+            data={**fields, **more},
+            files={name: drawing.getvalue()},
+            timeout=SECONDS,
+        )
+        assert answer.status_code == 200, answer.text
     with pytest.raises(httpx.ReadTimeout):  # a client that leaves
         draw(
             served,
