@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -328,7 +329,7 @@ def test_a_slow_look_does_not_undo_a_newer_one(contents: list[bytes], tmp_path: 
         return entries
 
     with mock.patch.object(os, "scandir", slow), ThreadPoolExecutor(1) as threads:
-        older = loras.look_later()
+        older = loras.looker.submit(loras.look)
         assert looking.wait(SECONDS)
         (tmp_path / "two.safetensors").write_bytes(contents[1])
         newer = threads.submit(loras.look)
@@ -336,6 +337,13 @@ def test_a_slow_look_does_not_undo_a_newer_one(contents: list[bytes], tmp_path: 
         older.result(SECONDS)
         newer.result(SECONDS)
     assert loras.names() == ["one", "two"]
+    before = time.monotonic()
+    loras.look()
+    (tmp_path / "three.safetensors").write_bytes(contents[2])
+    loras.look(before)  # one has begun since
+    assert loras.names() == ["one", "two"]
+    loras.look(time.monotonic())
+    assert loras.names() == ["one", "three", "two"]
 
 
 @pytest.mark.parametrize("options", [{"priority": "urgent"}, {"closed": True}])
@@ -351,7 +359,7 @@ def test_nothing_is_read_for_a_job_that_was_not_accepted(
     with loras._reading:  # until it has failed
         with pytest.raises((KeyError, EngineClosedError)):
             submit(engine, "one", **options)
-    loras._reader.submit(int).result(SECONDS)
+    loras.reader.submit(int).result(SECONDS)
     assert loras.stats().loads == 0
     engine.close()
 
@@ -360,9 +368,9 @@ def test_nothing_is_loaded_for_who_has_left(contents: list[bytes], tmp_path: Pat
     (tmp_path / "one.safetensors").write_bytes(contents[0])
     loras = Loras(SD3.build(), tmp_path)
     with pytest.raises(LoraError, match="Nobody waits"):
-        loras.load_later("one", lambda: True).result(SECONDS)
+        loras.reader.submit(loras.load, "one", lambda: True).result(SECONDS)
     assert loras.stats().loads == 0
-    assert loras.load_later("one", lambda: False).result(SECONDS).name == "one"
+    assert loras.reader.submit(loras.load, "one", lambda: False).result(SECONDS).name == "one"
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_file(

@@ -188,8 +188,8 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
         block = block.replace("http://localhost:3000", served.url).replace(
             "localhost:3000", served.url
         )
-        block = block.replace('"models/shapes"', repr(str(ROOT / "models" / "shapes")))
-        block = block.replace("@models/shapes", f"@{ROOT}/models/shapes")
+        for before in ('"', "@"):
+            block = block.replace(f"{before}models/shapes", f"{before}{ROOT}/models/shapes")
         run = subprocess.run(
             [*command, block], cwd=tmp_path, check=True, capture_output=True, timeout=SECONDS
         )

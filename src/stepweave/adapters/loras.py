@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import threading
 import time
 import weakref
@@ -106,9 +107,9 @@ class Loras:
         self._loads = self._evictions = self._failures = 0
         self._seconds = 0.0
         self._reading = threading.Lock()  # one at a time
-        self._reader = DaemonExecutor(1, "stepweave-lora")
-        self._looker = DaemonExecutor(1, "stepweave-lora-look")
-        self._next_look: Future[None] | None = None
+        self.reader = DaemonExecutor(1, "stepweave-lora")
+        self.looker = DaemonExecutor(1, "stepweave-lora-look")  # may hang, as the directory does
+        self._looked = -math.inf  # when the last look began
         self._changed = threading.Condition()
         self._waiting: float | None = None  # since when one waits for memory
 
@@ -150,7 +151,7 @@ class Loras:
         self.check(lora)
         ready = self.ready(lora)
         if ready is None:
-            return self._reader.submit(self.choose, lora, given_up)
+            return self.reader.submit(self.choose, lora, given_up)
         future: Future[Chosen] = Future()
         future.set_result(ready)
         return future
@@ -195,10 +196,6 @@ class Loras:
             finally:
                 pinned.clear()
 
-    def load_later(self, name: str, given_up: Callable[[], bool]) -> Future[Lora]:
-        """The same on a thread of its own."""
-        return self._reader.submit(self.load, name, given_up)
-
     def remove(self, name: str) -> None:
         """Let go of an adapter, and know its name no more, until it is loaded again. Jobs that have
         it keep it. Raises LoraNotFoundError."""
@@ -222,21 +219,17 @@ class Loras:
 
     # Files
 
-    def look(self) -> None:
-        """Read the directory again, and let go of adapters whose files are gone."""
+    def look(self, since: float = math.inf) -> None:
+        """Read the directory again, unless a look has begun `since` then, and let go of adapters
+        whose files are gone."""
+        if self._looked >= since:
+            return
+        began = time.monotonic()
         self._files.look()
+        self._looked = began
         with self._changed:
             for name in self._kept.keys() - self._files.found.keys():
                 self._let_go(name)
-
-    def look_later(self) -> Future[None]:
-        """The same on a thread of its own, which may hang as the directory does. Those who ask
-        meanwhile share the next look."""
-        with self._changed:
-            waiting = self._next_look
-            if waiting is None or waiting.running() or waiting.done():
-                waiting = self._next_look = self._looker.submit(self.look)
-            return waiting
 
     def _found(self) -> dict[str, LoraFile]:
         """The files, by their adapters' names."""

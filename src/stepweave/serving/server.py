@@ -73,10 +73,10 @@ class Server(Lifecycle):
         """Have the model know the LoRAs that there are now, or were when the directory could last
         be read: it may be on a network, so it is not read on the event loop."""
         if self.model is not None and self.model.loras is not None:
-            looking = asyncio.wrap_future(self.model.loras.look_later())
+            loras = self.model.loras
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
-                    await asyncio.shield(looking)
+                    await on_thread(loras.looker, loras.look, time.monotonic())
 
     async def submit(self, submission: Submission) -> Followed:
         """Submit a request; returns its job, or the earlier job of its idempotency key. A place

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +19,7 @@ from stepweave.api.schemas import parse, require_json
 from stepweave.errors import ForbiddenError, LoraNotFoundError, NotFoundError
 from stepweave.parameters import MAX_NAMED_LORA
 from stepweave.serving.server import Server
+from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
     from stepweave.adapters.lora_files import Lora
@@ -63,8 +62,9 @@ class LoraRoutes:
             name = self._name(parse(content, LoraRequest).name)
         left = threading.Event()
         try:
-            loading = self._loras().load_later(name, left.is_set)
-            lora = await until_disconnect(request, _loaded(loading))
+            loras = self._loras()
+            loading = on_thread(loras.reader, loras.load, name, left.is_set)
+            lora = await until_disconnect(request, loading)
         finally:
             left.set()
         return answer(_described(self.server, name, lora))
@@ -102,10 +102,6 @@ class LoraRoutes:
                 "LoRAs are loaded and removed by an administrator's API key; this one is not "
                 "marked `admin`."
             )
-
-
-async def _loaded(loading: Future[Lora]) -> Lora:
-    return await asyncio.wrap_future(loading)
 
 
 async def described_loras(server: Server) -> list[LoraModel]:
