@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,15 +70,25 @@ class Gate:
 
 
 def submit_together(engine: StepEngine, requests: Sequence[Request], **options: Any) -> list[Any]:
-    """Submit jobs so that none runs before all are submitted."""
+    """Submit jobs so that none runs before all are submitted, and their adapters in memory."""
     gate = Gate()
     first, *others = requests
     jobs = [engine.submit(**first(), **options, observer=gate)]
     try:
+        until_loaded(jobs)  # and then at the gate, before there are others
         jobs += [engine.submit(**other(), **options) for other in others]
+        until_loaded(jobs)
     finally:
         gate.open()
     return jobs
+
+
+def until_loaded(jobs: Sequence[Any]) -> None:
+    """Wait until the adapters of jobs are in memory, or cannot be."""
+    until = time.monotonic() + SECONDS
+    while any(job.loading and not job.done() for job in jobs):
+        assert time.monotonic() < until, "adapters are still being read"
+        time.sleep(0.005)
 
 
 @dataclass
