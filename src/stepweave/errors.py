@@ -119,8 +119,13 @@ def shown(value: object) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a message about an unknown name: the known one that is like it, if there is
     one."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    meant = nearest(name, known)
+    return f" (did you mean {meant}?)" if meant else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is like an unknown one, if there is one."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def duration(seconds: float) -> str:

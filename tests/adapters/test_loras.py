@@ -32,7 +32,14 @@ from stepweave.errors import (
 )
 from tests.support.loras import hooks_of, plain, save_lora
 from tests.support.tiny import FAMILIES
-from tests.support.together import SECONDS, TOLERANCE, Gate, difference, numbers
+from tests.support.together import (
+    SECONDS,
+    TOLERANCE,
+    Gate,
+    difference,
+    numbers,
+    until_loaded,
+)
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -88,7 +95,7 @@ def submit(engine: StepEngine, *names: str, **options: Any) -> Any:
 
 def loaded(job: Any) -> Any:
     """The job, once its adapters are in memory."""
-    until(lambda: not job.loading)
+    until_loaded([job])
     return job
 
 

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 _USUAL = "pytorch_lora_weights.safetensors"  # as diffusers saves one
-_CHUNK = 2**20
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 _OTHERS = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin")  # in which LoRAs may be, too
 
@@ -29,9 +28,9 @@ class LoraFile(NamedTuple):
     looked at now."""
 
     path: Path
-    inode: int = 0
-    size: int = 0  # bytes
-    changed: int = 0  # nanoseconds
+    inode: int
+    size: int  # bytes
+    changed: int  # nanoseconds
     problem: str = ""
 
     def same(self, other: LoraFile) -> bool:
@@ -55,8 +54,8 @@ class LoraDirectory:
     """
 
     def __init__(self, directory: Path | None, files: Mapping[str, Path]) -> None:
-        if directory is not None and not directory.is_dir():
-            raise LoadError(f"{shown(str(directory))} is no directory")
+        if directory is not None and (why := why_no_directory(directory)):
+            raise LoadError(why)
         self._directory = directory
         self._others = dict(files)
         self._told: set[str] = set()
@@ -132,6 +131,18 @@ class LoraDirectory:
             logger.warning("%s", message)
 
 
+def why_no_directory(directory: Path) -> str | None:
+    """What is wrong with what is no directory of LoRAs; None if it is one."""
+    if directory.is_dir():
+        return None
+    hint = ""
+    if directory.is_file():
+        hint = ": it is a file; name the directory that it is in"
+    elif "/" in str(directory) and not directory.is_absolute():
+        hint = "; an id of the hub needs its commit: OWNER/NAME@COMMIT"
+    return f"{shown(str(directory))} is no directory{hint}"
+
+
 def _within(folder: Path) -> Path | None:
     """The file of a folder: its only one, or that which diffusers saves. Raises OSError."""
     with os.scandir(folder) as entries:
@@ -143,11 +154,8 @@ def _within(folder: Path) -> Path | None:
 
 def digest(file: Path) -> bytes:
     """Of a file's content. Raises LoadError."""
-    hasher = hashlib.blake2b(digest_size=16)
     try:
         with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                hasher.update(chunk)
+            return hashlib.file_digest(stream, "blake2b").digest()
     except OSError as error:
         raise LoadError(f"{file.name}: {error.strerror}") from error
-    return hasher.digest()

@@ -148,7 +148,6 @@ class Loras:
         self, lora: Sequence[tuple[str, float]], given_up: Callable[[], bool] = lambda: False
     ) -> Future[Chosen]:
         """The same, read on a thread of its own. Raises at once what is known without reading."""
-        self.check(lora)
         ready = self.ready(lora)
         if ready is None:
             return self.reader.submit(self.choose, lora, given_up)

@@ -12,12 +12,13 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from stepweave.adapters.beside import Added
+from stepweave.adapters.lora_directory import why_no_directory
 from stepweave.adapters.lora_files import takes_loras
 from stepweave.adapters.loras import Loras
 from stepweave.config import Settings
 from stepweave.config.components import REFINER
-from stepweave.config.loras import HubLora
-from stepweave.errors import LoadError, shown
+from stepweave.config.loras import HubLora, LoraPlaces
+from stepweave.errors import LoadError
 from stepweave.loading.hub import explained
 
 logger = logging.getLogger(__name__)
@@ -39,44 +40,31 @@ def loras_of(
 
     Raises LoadError for settings with which none can be used.
     """
-    places = settings.loras
-    if places is None:
+    places = settings.loras or LoraPlaces()
+    directory = places.directory
+    if settings.loras is None:
         folder = settings.model_directory()
         if folder is None or not own or not (folder / OWN).is_dir():
             return None
         if why := _why_none(settings, pipeline):
             logger.info("the model's LoRAs are not offered: %s", why)
             return None
-        return Loras(
-            pipeline,
-            folder / OWN,
-            max_bytes=settings.lora_bytes,
-            device=device,
-            twins=_twins(added),
-            looks=False,
-        )
-    if why := _why_none(settings, pipeline):
-        raise LoadError(f"STEPWEAVE_LORAS: {why}")
-    if places.directory is not None and not places.directory.is_dir():
-        raise LoadError(f"STEPWEAVE_LORAS: {why_no_directory(places.directory)}")
+        directory = folder / OWN
+    else:
+        wrong = _why_none(settings, pipeline)
+        if wrong is None and directory is not None:
+            wrong = why_no_directory(directory)
+        if wrong is not None:
+            raise LoadError(f"STEPWEAVE_LORAS: {wrong}")
     return Loras(
         pipeline,
-        places.directory,
+        directory,
         files={name: _downloaded(name, one) for name, one in places.hub.items()},
         max_bytes=settings.lora_bytes,
         device=device,
         twins=_twins(added),
         looks=False,
     )
-
-
-def why_no_directory(directory: Path) -> str:
-    """What is wrong with a directory of LoRAs that is none."""
-    if directory.is_file():
-        return f"{shown(str(directory))} is a file; name the directory that it is in"
-    hub = "/" in str(directory) and not directory.is_absolute()
-    hint = "; an id of the hub needs its commit: OWNER/NAME@COMMIT" if hub else ""
-    return f"{shown(str(directory))} is no directory{hint}"
 
 
 def _why_none(settings: Settings, pipeline: Any) -> str | None:

@@ -144,20 +144,19 @@ def image_answer(answer: Answer) -> Response:
 
     All parameters are in headers but prompts, and other texts and lists of the pipeline: proxies
     limit the length of a header, and the file has them. LoRAs are one text, and components too.
-    `X-Stepweave-Flagged`
-    is "true" for an image that the pipeline's safety checker flagged. Warnings, if there are any,
-    are in `X-Stepweave-Warnings`.
+    `X-Stepweave-Flagged` is "true" for an image that the pipeline's safety checker flagged.
+    Warnings, if there are any, are in `X-Stepweave-Warnings`.
     """
     file = answer.images[0]
     headers = {
-        _header(name): "true" if value is True else str(value)
+        image_header(name): "true" if value is True else str(value)
         for name, value in file.values.items()
         if "prompt" not in name
         and not isinstance(value, list)
         and (name in ResolvedParameters.model_fields or isinstance(value, (int, float)))
     }
     for name, text in component_texts(file.values).items():
-        headers[_header(name)] = text
+        headers[image_header(name)] = text
     if lora := lora_text(file.values):
         headers["X-Stepweave-Lora"] = lora
     if file.flagged:
@@ -167,7 +166,8 @@ def image_answer(answer: Answer) -> Response:
     return Response(file.data, media_type=MEDIA_TYPES[file.output_format], headers=headers)
 
 
-def _header(name: str) -> str:
+def image_header(name: str) -> str:
+    """The header with a parameter of an image."""
     return f"X-Stepweave-{name.replace('_', '-').title()}"
 
 

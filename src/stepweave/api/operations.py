@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from stepweave.api import answer_schemas as bodies
-from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
+from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES, image_header
 from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
@@ -152,7 +152,7 @@ def image_headers() -> dict[str, Any]:
     others = ("n", "priority", "deadline_ms", "output_format", "output_compression")
     place = f"#/components/schemas/{ResolvedParameters.__name__}/properties"
     headers = {
-        f"X-Stepweave-{name.replace('_', '-').title()}": {
+        image_header(name): {
             "description": "As resolved.",
             "schema": {"$ref": f"{place}/{name}"},
         }
@@ -162,7 +162,7 @@ def image_headers() -> dict[str, Any]:
     for component, scale in COMPONENTS.items():
         for name, told in ((component, "Names"), (scale, "Scales")):
             if name is not None:
-                headers[f"X-Stepweave-{name.replace('_', '-').title()}"] = header(
+                headers[image_header(name)] = header(
                     f"{told} of components beside the model, separated by commas."
                 )
     headers["X-Stepweave-Lora"] = header("LoRAs with their scales: `rings:0.8,chalk:1`.")

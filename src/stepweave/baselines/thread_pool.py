@@ -101,11 +101,7 @@ class ThreadPool(JobQueue):
     def _next_jobs(self) -> list[RunningJob] | None:
         """Wait for the next job, with those that can share its call. None once closed."""
         with self._wake:
-            while True:
-                seconds = self.look_for_loaded()
-                if self._waiting or self._closed:
-                    break
-                self._wake.wait(seconds)
+            self.wait_until(lambda: bool(self._waiting) or self._closed)
             return None if self._closed else self._take()
 
     def _serve(self, jobs: list[RunningJob]) -> None:

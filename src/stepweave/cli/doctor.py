@@ -228,12 +228,11 @@ def _loras(settings: Settings) -> Iterator[Finding]:
     directory = None if settings.loras is None else settings.loras.directory
     if directory is None:
         return
-    from stepweave.adapters.lora_directory import LoraDirectory
-    from stepweave.adapters.served_loras import why_no_directory
+    from stepweave.adapters.lora_directory import LoraDirectory, why_no_directory
     from stepweave.loading.reading import listed
 
-    if not directory.is_dir():
-        yield Finding("loras", "problem", f"STEPWEAVE_LORAS: {why_no_directory(directory)}")
+    if why := why_no_directory(directory):
+        yield Finding("loras", "problem", f"STEPWEAVE_LORAS: {why}")
         return
     names = sorted(LoraDirectory(directory, {}).found)
     yield Finding("loras", "ok" if names else "warning", f"{directory}: {listed(names) or 'none'}")

@@ -78,9 +78,6 @@ class Chosen:
                 for layer, part in adapter.layers.items():
                     _hook_of(layer).parts[adapter.number] = part
 
-    def __len__(self) -> int:
-        return len(self._adapters)
-
     def argument(self, module: nn.Module) -> torch.Tensor:
         """The value of ADAPTERS for a call of one row, of the adapters of this module alone."""
         argument = self._arguments.get(module)

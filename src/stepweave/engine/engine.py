@@ -127,7 +127,6 @@ class StepEngine(Estimates):
         unknown adapter, or one that could not be used before.
         """
         self._health.check()
-        runner = self._runner
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         scope = self._runner.scope_of(pipeline)
@@ -156,7 +155,7 @@ class StepEngine(Estimates):
             job.cancelled = True  # so that its adapters are not read
             raise
         if adapters is not None:
-            adapters.add_done_callback(lambda _: runner.wake())
+            adapters.add_done_callback(lambda _: self._runner.wake())
         return job
 
     @property

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ class JobQueue:
         delivered = job.finish(outcome)
         if delivered is not None:
             self.stats.finished(delivered)
+
+    def wait_until(self, found: Callable[[], bool]) -> None:
+        """Sleep until it is so, and look for loaded jobs meanwhile. Held: `_wake`."""
+        while True:
+            seconds = self.look_for_loaded()
+            if found():
+                return
+            self._wake.wait(seconds)
 
     def look_for_loaded(self) -> float | None:
         """Have the jobs whose adapters have arrived wait for their turn, and those that are late.
@@ -174,11 +182,9 @@ class EngineThread(JobQueue, abc.ABC):
     def _wait(self) -> bool:
         """Sleep until there is something to do. Returns False when the thread must end."""
         with self._wake:
-            while True:
-                seconds = self.look_for_loaded()
-                if self._ready() or self._closing or self.next_job(self._waiting) is not None:
-                    break
-                self._wake.wait(seconds)
+            self.wait_until(
+                lambda: self._ready() or self._closing or self.next_job(self._waiting) is not None
+            )
             if not self._closing:
                 return True
             waiting = [*self._waiting.values(), *self._loading.values()]

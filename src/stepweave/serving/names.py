@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from stepweave.config import Settings
 from stepweave.config.preset import Preset, read_preset
 from stepweave.config.values import ANY, MAX_NAME
-from stepweave.errors import LoadError, NotFoundError, did_you_mean, shown
+from stepweave.errors import LoadError, NotFoundError, did_you_mean, nearest, shown
 
 
 class ModelNames:
@@ -51,10 +51,9 @@ class ModelNames:
     def doubts(self, name: str, loras: Collection[str]) -> list[str]:
         """A warning if a name that was never told is taken as the model, though one of `loras` is
         like it."""
-        hint = did_you_mean(name, loras)
-        if not hint or ":" in name or name in (*self.listed, *loras):
+        meant = nearest(name, loras)
+        if meant is None or ":" in name or name in (*self.listed, *loras):
             return []
-        meant = hint.removeprefix(" (did you mean ").removesuffix("?)")
         return [f"model is {shown(name)}, taken as {self.told}; did you mean the LoRA {meant}?"]
 
     def lora(self, name: str, loras: Collection[str]) -> str | None:
